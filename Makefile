@@ -1,0 +1,53 @@
+# `make help` lists the targets. Everything runs in .venv, made from constraints.txt on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+TRAININGS ?= 24
+
+.DEFAULT_GOAL := help
+.PHONY: help setup front test test-slow check bench figures dist clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## make .venv, install this package and the tools, bring the data
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/pwff-opt data fetch
+	@touch $@
+
+front: $(READY)  ## the main job: a front of the built-in scenario in runs/front (minutes; can be killed)
+	$(BIN)/pwff-opt front hutto --out runs/front --trainings $(TRAININGS)
+
+test: $(READY)  ## the test suite (minutes)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the long checks that `make test` leaves out
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)  ## lint, types, import arrows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(READY)  ## all benchmarks; each prints a table and writes benchmarks/results/NAME.json
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+bench-%: $(READY)  ## one benchmark
+	$(BIN)/python benchmarks/bench_$*.py
+
+figures: $(READY)  ## draw the figures of runs/front again
+	$(BIN)/python studies/fig_front.py runs/front
+
+dist: $(READY)  ## wheel and source package in dist/
+	$(BIN)/python -m build
+
+clean:  ## remove the environment, caches and packages (never runs/)
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

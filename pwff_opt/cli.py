@@ -1,0 +1,297 @@
+"""The command line: ``pwff-opt``; it joins the planner and the trainer, and prints."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pwff_opt.errors import PwffError, RunError
+from pwff_opt.figures import front_figure, segments
+from pwff_opt.planning import Front, Progress, pareto_front
+from pwff_opt.records import Journal, RunFolder
+from pwff_opt.scenario import Scenario
+from pwff_opt.scenario_io import built_in_names, parse_scenario, read_scenario, scenario_text
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Plan personalised federated fine-tuning of language models over a wireless cell.",
+    pretty_exceptions_enable=False,
+)
+scenario_app = typer.Typer(no_args_is_help=True, help="Write and check scenario files.")
+data_app = typer.Typer(no_args_is_help=True, help="Bring the data that scenarios use.")
+app.add_typer(scenario_app, name="scenario")
+app.add_typer(data_app, name="data")
+console = Console(highlight=False, soft_wrap=True)
+
+ScenarioArgument = Annotated[
+    str, typer.Argument(help=f"a scenario file, or a built-in one: {', '.join(built_in_names())}")
+]
+RunArgument = Annotated[Path, typer.Argument(help="a run folder")]
+
+
+@app.command()
+def front(
+    scenario: ScenarioArgument,
+    out: Annotated[Path, typer.Option(help="run folder to write, or to continue")],
+    trainings: Annotated[int, typer.Option(min=1, help="how many schedules to train")] = 24,
+) -> None:
+    """Search for the energy-delay-accuracy front of a scenario; kill it and run it again to go on."""
+    text, folder_of_file = scenario_text(scenario)
+    checked = parse_scenario(text, folder=folder_of_file, source=scenario)
+    run = RunFolder(out)
+    with run.lock():
+        run.open(checked, text)
+        with _status(run):
+            _search(run, checked, trainings)
+
+
+@app.command()
+def show(run: RunArgument) -> None:
+    """Print the front of a run and draw its figure again."""
+    folder = RunFolder(run)
+    table = folder.table("front.csv")
+    if table is None:
+        state = folder.info().get("status", "not begun") if folder.scenario() else ""
+        raise RunError(f"{run} has no front yet (its status is {state!r}); run: pwff-opt front")
+    _print_front(folder)
+
+
+@app.command("save-model")
+def save_model(
+    run: RunArgument,
+    device: Annotated[int, typer.Option(min=0, help="which device's model")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    schedule: Annotated[
+        str, typer.Option(help="a schedule of front.csv; the knee's if not given")
+    ] = "",
+) -> None:
+    """Write a device's personalised model, to be loaded with transformers and peft."""
+    from pwff_opt.decision import Schedule
+    from pwff_opt.federated.evaluator import FederatedEvaluator
+
+    folder = RunFolder(run)
+    scenario = folder.scenario()
+    if not schedule:
+        table = folder.table("front.csv")
+        if table is None:
+            raise RunError(f"{run} has no front.csv: give --schedule, or finish the run first")
+        schedule = str(table[table["knee"]].iloc[0]["schedule"])
+    with folder.lock():
+        evaluator = FederatedEvaluator(scenario, folder.checkpoints)
+        parsed = Schedule.parse(schedule, devices=len(scenario.devices))
+        evaluator.save_device(parsed, device, out)
+    console.print(f"device {device} after {schedule}: {out}")
+    console.print("load it with: pwff_opt.federated.export.load_device_model(folder)")
+
+
+@scenario_app.command("init")
+def scenario_init(
+    path: Annotated[Path, typer.Argument(help="file to write")],
+    source: Annotated[
+        str, typer.Option("--from", help="built-in scenario to start from")
+    ] = "hutto",
+) -> None:
+    """Write a commented scenario file to start from; it never replaces a file."""
+    text, _ = scenario_text(source)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise RunError(f"{path} exists already; choose another name") from error
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error}") from error
+    console.print(f"wrote {path}; edit it, then run: pwff-opt scenario check {path}")
+
+
+@scenario_app.command("check")
+def scenario_check(scenario: ScenarioArgument) -> None:
+    """Check a scenario file; everything wrong with it is said at once."""
+    checked = read_scenario(scenario)
+    console.print(
+        f"{scenario} is good: {len(checked.devices)} devices, {checked.training.rounds} rounds, "
+        f"model {checked.model.source!r}, data {checked.data.source!r}"
+    )
+
+
+@data_app.command("fetch")
+def data_fetch() -> None:
+    """Bring the Hutto sentences (a source package of PyPI, 2.5 MB) into the user's cache folder."""
+    from pwff_opt.federated.data import fetch_hutto
+
+    console.print(f"Hutto sentences: {fetch_hutto()}")
+
+
+def main() -> None:
+    """Run the command line; a deliberate error is one message and exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except PwffError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"[red]error:[/] {escape(str(error))}"
+        )
+        sys.exit(2)
+
+
+# -- front ----------------------------------------------------------------------------------------
+
+
+def _search(run: RunFolder, scenario: Scenario, trainings: int) -> None:
+    with console.status("loading model and data …"):
+        from pwff_opt.federated.evaluator import FederatedEvaluator
+
+        reporter = _Reporter(scenario, trainings)
+        evaluator = FederatedEvaluator(scenario, run.checkpoints, tick=reporter.tick)
+        journal = Journal(evaluator, run)
+    data = evaluator.summary
+    run.begin(
+        trainings=trainings,
+        majority=data.majority,
+        majority_per_device=data.majority_per_device,
+        workload={
+            "classes": evaluator.workload.classes,
+            "mean_tokens": evaluator.workload.mean_tokens.tolist(),
+            "mean_squared_tokens": evaluator.workload.mean_squared_tokens.tolist(),
+        },
+    )
+    console.print(
+        f"{scenario.name}: {len(scenario.devices)} devices, {scenario.training.rounds} rounds; "
+        f"{data.sentences} texts of {len(data.domains)} domain(s), {len(data.classes)} classes; "
+        f"always the most common class scores {data.majority:.3f}"
+    )
+    known = len(journal)
+    if known:
+        console.print(f"continuing {run.path}: {known} schedules are in its journal")
+    with reporter:
+        found = pareto_front(scenario, journal, trainings=trainings, progress=reporter.progress)
+    run.write_table("front.csv", found.points)
+    _report(run, found, journal)
+
+
+def _report(run: RunFolder, found: Front, journal: Journal) -> None:
+    failed = [entry for entry in found.evaluations if entry.status == "failed"]
+    console.print(
+        f"\n{len(found.evaluations)} schedules trained ({journal.trained} now, {journal.reused} from "
+        f"the journal{f', {len(failed)} failed' if failed else ''}); "
+        f"largest duality gap of an allocation {found.gap:.1e}"
+    )
+    for entry in failed:
+        console.print(f"failed: {entry.schedule}: {entry.reason}")
+    _print_front(run)
+
+
+def _print_front(run: RunFolder) -> None:
+    front = run.table("front.csv")
+    if front is None:
+        raise RunError(f"{run.path} has no front.csv")
+    table = Table(
+        title="Energy-delay-accuracy front, a row a trained schedule", title_justify="left"
+    )
+    table.add_column("schedule (rounds x rank:layers, lowest first)")
+    for heading in ("accuracy", "worst device", "validation", "delay (s)", "energy (J)"):
+        table.add_column(heading, justify="right")
+    for row in segments(front).itertuples():
+        table.add_row(
+            f"{row.schedule}{' *' if row.knee else ''}",
+            f"{row.accuracy:.3f}",
+            f"{row.accuracy_worst_device:.3f}",
+            f"{row.accuracy_validation:.3f}",
+            f"{row.delay_min_s:.4g} … {row.delay_max_s:.4g}",
+            f"{row.energy_max_j:.4g} … {row.energy_min_j:.4g}",
+        )
+    console.print(table)
+    best = front[front["knee"]].iloc[0]
+    console.print(
+        f"* knee: {best['schedule']} at a price of time of {best['price_of_time_w']:.3g} W: "
+        f"{best['energy_j']:.4g} J, {best['delay_s']:.4g} s, accuracy {best['accuracy']:.3f} "
+        f"(worst device {best['accuracy_worst_device']:.3f})"
+    )
+    console.print(
+        "layers: f frozen, p personal, a aggregated; accuracy is on test data, chosen on validation"
+    )
+    paths = front_figure(run)
+    console.print(f"front:  {run.front}")
+    console.print(f"figure: {paths[0]}, {paths[1].name}")
+    console.print(
+        f"next:   pwff-opt save-model {run.path} --device 0 --out DIR, or more --trainings into "
+        "the same --out"
+    )
+
+
+class _Reporter:
+    """Progress of a search: schedules done, rate and time left; a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, scenario: Scenario, trainings: int) -> None:
+        self._each = scenario.training.rounds * len(scenario.devices)
+        self._trainings = trainings
+        self._start = time.perf_counter()
+        self._ticks = 0
+        self._last: Progress | None = None
+        self._reused = 0
+        self._status = console.status("") if console.is_terminal else None
+
+    def __enter__(self) -> _Reporter:
+        self._start = time.perf_counter()
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def tick(self, device_rounds: int) -> None:
+        self._ticks = device_rounds
+        if self._status is not None:
+            self._status.update(self._line())
+
+    def progress(self, now: Progress) -> None:
+        self._last = now
+        if self._status is not None:
+            self._status.update(self._line())
+        elif now.text:
+            console.print(self._line())
+
+    def _line(self) -> str:
+        now = self._last
+        if now is None:
+            return "starting …"
+        head = f"{now.stage} {now.done + 1 if now.text else now.done}/{now.total}  {now.text}"
+        if now.stage != "train" or not self._ticks:
+            return escape(head)
+        seconds = time.perf_counter() - self._start
+        rate = self._ticks / seconds
+        inside = self._ticks % self._each
+        left = (now.total - now.done) * self._each - inside
+        return escape(f"{head}  {60 * rate:.0f} device-rounds/min, {_clock(left / rate)} left")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def _status(run: RunFolder) -> Iterator[None]:
+    """Note in ``run.json`` how the session ended."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.finish("interrupted")
+        console.print("\ninterrupted; the same command goes on from here")
+        raise SystemExit(130) from None
+    except PwffError:
+        run.finish("failed")
+        raise
+    run.finish("done")

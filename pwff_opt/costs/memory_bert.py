@@ -1,0 +1,109 @@
+"""Tensors of one BERT layer in the order torch makes and releases them, eager attention."""
+
+from __future__ import annotations
+
+from pwff_opt.costs.ledger import (
+    Ledger,
+    Mode,
+    Sizes,
+    adapter_backward,
+    adapter_forward,
+    projection_backward,
+    projection_forward,
+    scores_backward,
+    scores_forward,
+)
+
+
+def layer_forward(ledger: Ledger, s: Sizes, m: Mode) -> None:
+    """Replace the layer's input, alive on entry, by its output; leave alive what backward needs."""
+    _attention_forward(ledger, s, m)
+    _add_norm_forward(ledger, s, m)
+    ledger.give(s.query)  # context, an argument of the output projection until it returns
+    ledger.take(s.inner)  # up, kept for the GELU
+    ledger.take(s.inner)  # GELU
+    if not m.flows:
+        ledger.give(s.inner)
+    _add_norm_forward(ledger, s, m)
+    ledger.give(s.inner)  # GELU; the frozen down projection does not need it
+    if not m.flows:
+        ledger.give(s.scores)  # attention weights, held by the layer's frame until here
+    ledger.give(s.hidden)  # attention output
+    adapter_forward(ledger, s, m)
+    if not m.keeps_lora_input:
+        ledger.give(s.hidden)  # input of the layer, held by the loop over layers until here
+
+
+def layer_backward(ledger: Ledger, s: Sizes, m: Mode) -> None:
+    """Replace the gradient of the output, alive on entry, by that of the input if it is needed."""
+    adapter_backward(ledger, s, m)
+    if not m.flows:
+        return
+    _norm_backward(ledger, s)
+    ledger.take(s.inner)  # gradient of the GELU
+    ledger.take(s.inner)  # gradient of up
+    ledger.give(s.inner, s.inner)  # gradient of the GELU, up
+    ledger.take(s.hidden)
+    ledger.give(s.inner)
+    ledger.give(s.hidden)  # added into the residual's gradient in place
+    _norm_backward(ledger, s)
+    ledger.take(s.query)  # gradient of the context
+    if not m.below:
+        ledger.give(s.hidden)  # the residual ends here
+    if s.copies:
+        ledger.swap(s.query)
+    ledger.take(s.query)  # gradient of the values
+    ledger.take(s.scores)  # gradient of the attention weights
+    ledger.give(s.query, s.query)  # gradient of the context, values
+    scores_backward(ledger, s)
+    ledger.take(s.query)  # gradient of the queries
+    if m.below:
+        ledger.take(s.query)  # gradient of the keys
+        ledger.give(s.query)  # queries
+    ledger.give(s.scores, s.query)  # gradient of the scores, keys
+    for factor_b in (s.lora_value_b, None, s.lora_query_b):
+        if factor_b is not None:
+            paths = projection_backward(ledger, s, m, out=s.query, factor_b=factor_b)
+            ledger.give(paths * s.hidden)  # added into the residual's gradient in place
+        elif m.below:
+            ledger.swap(s.query)  # keys, heads merged
+            ledger.take(s.hidden)
+            ledger.give(s.query, s.hidden)
+    if m.keeps_lora_input:
+        ledger.give(s.hidden)
+
+
+def _attention_forward(ledger: Ledger, s: Sizes, m: Mode) -> None:
+    projection_forward(ledger, s, m, out=s.query)
+    ledger.take(s.query)  # keys
+    projection_forward(ledger, s, m, out=s.query)
+    if s.copies:
+        ledger.take(s.query, s.query)  # queries and keys, one matrix a head
+    ledger.take(s.scores)
+    # bmm keeps the keys for the gradient of the queries, and the queries for that of the keys.
+    dropped = 2 - m.flows - m.below
+    if s.copies:
+        ledger.give(dropped * s.query)
+    scores_forward(ledger, s)
+    if s.copies:
+        ledger.take(s.query)  # values, one matrix a head
+    ledger.take(s.query)  # context
+    if s.copies and not m.flows:
+        ledger.give(s.query)
+    ledger.swap(s.query)  # context, heads merged
+    ledger.give((3 if s.copies else dropped + (not m.flows)) * s.query)  # projections
+
+
+def _add_norm_forward(ledger: Ledger, s: Sizes, m: Mode) -> None:
+    """Projection, residual sum (kept for the norm), LayerNorm with its mean and deviation."""
+    ledger.take(s.hidden)
+    ledger.take(s.hidden)
+    ledger.take(s.hidden, 2 * s.token)
+    if not m.flows:
+        ledger.give(s.hidden, 2 * s.token)
+    ledger.give(s.hidden)
+
+
+def _norm_backward(ledger: Ledger, s: Sizes) -> None:
+    ledger.take(s.hidden)
+    ledger.give(s.hidden, s.hidden, 2 * s.token)  # gradient of the output, kept input and moments

@@ -1,0 +1,229 @@
+"""Round decisions, schedules and their genome: what the search chooses and the trainer carries out.
+
+A *round decision* gives every device a LoRA rank and every layer a state; a *schedule* is one
+decision per round. Allocation (bandwidth, power, frequency) is not part of it: it does not change
+what is learned, so it is optimised exactly afterwards (see :mod:`pwff_opt.planning`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import accumulate, groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pwff_opt.errors import DecisionError
+from pwff_opt.scenario import Decisions
+
+
+class LayerState(IntEnum):
+    """What happens to the trainable blocks of one transformer layer in one round.
+
+    ``FROZEN``: nothing is trained; the backward pass stops below the lowest layer that is not frozen.
+    ``PERSONAL``: adapter and LoRA are trained and stay on the device.
+    ``AGGREGATED``: adapter and LoRA are trained; the adapter is uploaded, averaged and sent back.
+    """
+
+    FROZEN = 0
+    PERSONAL = 1
+    AGGREGATED = 2
+
+
+_LETTERS = "fpa"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundDecision:
+    """Ranks [device] and layer states [layer], lowest layer first, of one round.
+
+    Its text, ``4:ffppaa`` or ``2,4,8:ffppaa``, names it in tables and keys: the common rank or one a
+    device, then a letter a layer (frozen, personal, aggregated).
+    """
+
+    ranks: tuple[int, ...]
+    states: tuple[LayerState, ...]
+
+    def __post_init__(self) -> None:
+        if not self.ranks or not self.states:
+            raise DecisionError("a round decision needs at least one device and one layer")
+        for device, rank in enumerate(self.ranks):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+                raise DecisionError(f"ranks[{device}] must be a whole number >= 0, got {rank!r}")
+        object.__setattr__(self, "states", tuple(LayerState(state) for state in self.states))
+
+    @property
+    def trained(self) -> tuple[bool, ...]:
+        """Whether each layer's blocks learn."""
+        return tuple(state is not LayerState.FROZEN for state in self.states)
+
+    def __str__(self) -> str:
+        common = len(set(self.ranks)) == 1
+        ranks = str(self.ranks[0]) if common else ",".join(map(str, self.ranks))
+        return f"{ranks}:{''.join(_LETTERS[state] for state in self.states)}"
+
+    @classmethod
+    def parse(cls, text: str, *, devices: int) -> RoundDecision:
+        """Read ``4:ffppaa`` (a rank common to all ``devices``) or one rank a device."""
+        match = re.fullmatch(r"(\d+(?:,\d+)*):([fpa]+)", text.strip())
+        if match is None:
+            raise DecisionError(
+                f"a round decision must read like '4:ffppaa' (rank, then a letter a layer), got {text!r}"
+            )
+        ranks = tuple(int(rank) for rank in match[1].split(","))
+        if len(ranks) == 1:
+            ranks *= devices
+        if len(ranks) != devices:
+            raise DecisionError(f"{text!r} must give 1 or {devices} ranks, got {len(ranks)}")
+        return cls(ranks=ranks, states=tuple(LayerState(_LETTERS.index(x)) for x in match[2]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """One decision per round. Its text, ``2x4:ffaaaa 2x0:ffffpp``, counts equal rounds in a row."""
+
+    rounds: tuple[RoundDecision, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rounds:
+            raise DecisionError("a schedule needs at least one round")
+        for number, decision in enumerate(self.rounds):
+            shape = (len(decision.ranks), len(decision.states))
+            first = (len(self.rounds[0].ranks), len(self.rounds[0].states))
+            if shape != first:
+                raise DecisionError(
+                    f"rounds[{number}] must have {first[0]} ranks and {first[1]} layers like "
+                    f"rounds[0], got {shape[0]} and {shape[1]}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.rounds)
+
+    @property
+    def present(self) -> tuple[tuple[bool, ...], ...]:
+        """Whether each layer has blocks in its forward pass, [round][layer].
+
+        It has them from the first round it is not frozen in: until then they are the identity.
+        """
+        return tuple(
+            accumulate(
+                (decision.trained for decision in self.rounds),
+                lambda before, now: tuple(a or b for a, b in zip(before, now, strict=True)),
+            )
+        )
+
+    def canonical(self) -> Schedule:
+        """Return the schedule with rank 0 in rounds where no layer has blocks to carry a LoRA."""
+        nothing = (0,) * len(self.rounds[0].ranks)
+        return Schedule(
+            rounds=tuple(
+                decision if any(present) else RoundDecision(ranks=nothing, states=decision.states)
+                for decision, present in zip(self.rounds, self.present, strict=True)
+            )
+        )
+
+    def prefix(self, rounds: int) -> Schedule:
+        """Return the first rounds of this schedule: training is nested, so it is trained too."""
+        return Schedule(rounds=self.rounds[:rounds])
+
+    def __str__(self) -> str:
+        runs = [(len(list(group)), text) for text, group in groupby(map(str, self.rounds))]
+        return " ".join(f"{count}x{text}" for count, text in runs)
+
+    @classmethod
+    def parse(cls, text: str, *, devices: int) -> Schedule:
+        """Read the text of a schedule; ``2x`` before a decision repeats it."""
+        rounds: list[RoundDecision] = []
+        for part in text.split():
+            count, _, decision = part.rpartition("x")
+            if count and not count.isdecimal():
+                raise DecisionError(
+                    f"a schedule must read like '2x4:ffaaaa 2x0:ffffpp', got {text!r}"
+                )
+            rounds += [RoundDecision.parse(decision, devices=devices)] * int(count or 1)
+        return cls(rounds=tuple(rounds))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codec:
+    """Between schedules and genomes, the integer arrays that the search varies.
+
+    A genome holds, phase after phase, one gene a rank (one, or one a device), an index into
+    ``space.ranks``, then one gene a layer, an index into ``space.layer_states``. Phases are
+    stretches of rounds as equal as can be, longer ones first.
+    """
+
+    space: Decisions
+    devices: int
+    layers: int
+    rounds: int
+
+    @property
+    def _rank_genes(self) -> int:
+        return 1 if self.space.rank_scope == "common" else self.devices
+
+    def _rank_index(self, rank: int) -> int:
+        # Rank 0 stands in a canonical schedule where any rank would do.
+        return self.space.ranks.index(rank) if rank or 0 in self.space.ranks else 0
+
+    @property
+    def _states(self) -> tuple[LayerState, ...]:
+        return tuple(LayerState[name.upper()] for name in self.space.layer_states)
+
+    @property
+    def cardinalities(self) -> NDArray[np.int64]:
+        """Number of values of every gene."""
+        phase = [len(self.space.ranks)] * self._rank_genes
+        phase += [len(self.space.layer_states)] * self.layers
+        return np.array(phase * self.space.phases)
+
+    @property
+    def ordinal(self) -> NDArray[np.bool_]:
+        """Whether a gene's values have an order (ranks), so that a step is a smaller change."""
+        phase = [True] * self._rank_genes + [False] * self.layers
+        return np.array(phase * self.space.phases)
+
+    @property
+    def _phase_lengths(self) -> list[int]:
+        return [len(part) for part in np.array_split(np.arange(self.rounds), self.space.phases)]
+
+    def decode(self, genome: NDArray[np.integer]) -> Schedule:
+        """Return the schedule of a genome [gene]."""
+        cardinalities = self.cardinalities
+        if genome.shape != cardinalities.shape:
+            raise DecisionError(f"genome must have {len(cardinalities)} genes, got {genome.shape}")
+        for gene, (value, limit) in enumerate(zip(genome, cardinalities, strict=True)):
+            if not 0 <= value < limit:
+                raise DecisionError(f"genome[{gene}] must be in 0..{limit - 1}, got {value}")
+        rounds: list[RoundDecision] = []
+        for part, length in zip(
+            np.split(genome, self.space.phases), self._phase_lengths, strict=True
+        ):
+            ranks = tuple(self.space.ranks[gene] for gene in part[: self._rank_genes])
+            if self._rank_genes == 1:
+                ranks *= self.devices
+            states = tuple(self._states[gene] for gene in part[self._rank_genes :])
+            rounds += [RoundDecision(ranks=ranks, states=states)] * length
+        return Schedule(rounds=tuple(rounds)).canonical()
+
+    def encode(self, schedule: Schedule) -> NDArray[np.int64]:
+        """Return the genome of a schedule; decoding it gives the schedule back."""
+        starts = np.concatenate([[0], np.cumsum(self._phase_lengths)])[:-1]
+        genome: list[int] = []
+        if len(schedule) != self.rounds:
+            raise DecisionError(f"schedule must have {self.rounds} rounds, got {len(schedule)}")
+        for start in starts:
+            decision = schedule.rounds[start]
+            try:
+                genome += [self._rank_index(rank) for rank in decision.ranks[: self._rank_genes]]
+                genome += [self._states.index(state) for state in decision.states]
+            except ValueError as error:
+                raise DecisionError(f"{decision} is outside the decision space: {error}") from None
+        result = np.array(genome)
+        if self.decode(result) != schedule.canonical():
+            raise DecisionError(
+                f"{schedule} does not fit {self.space.phases} phase(s) of {self.rounds} rounds"
+            )
+        return result

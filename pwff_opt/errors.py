@@ -1,0 +1,43 @@
+"""Errors the package raises on purpose; each message names the thing, the rule and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PwffError(Exception):
+    """Base of every deliberate error, so that a caller can tell it from a bug."""
+
+
+class ScenarioError(PwffError):
+    """A scenario that breaks rules; ``problems`` holds one line for each, all found at once."""
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        noun = "problem" if len(self.problems) == 1 else "problems"
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        super().__init__(f"{source}: {len(self.problems)} {noun}\n{lines}")
+
+
+class DecisionError(PwffError):
+    """A round decision or schedule that does not fit the model or the decision space."""
+
+
+class DataError(PwffError):
+    """A data set that is missing, unreadable or too small for what the scenario asks of it."""
+
+
+class ModelError(PwffError):
+    """A language model that is missing or of a shape the trainer or cost model does not know."""
+
+
+class RunError(PwffError):
+    """A run folder that cannot be used: another scenario's, locked, or damaged."""
+
+
+class InfeasibleError(PwffError):
+    """A demand that no allocation or decision can meet; says what the nearest possible one is."""
+
+
+class TrainingError(PwffError):
+    """A training that went wrong, with the device and round it went wrong on."""

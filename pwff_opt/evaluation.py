@@ -1,0 +1,77 @@
+"""How a schedule gets its accuracy: the evaluator's protocol, and the journal that never forgets one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from pwff_opt.costs import Workload
+from pwff_opt.decision import Schedule
+from pwff_opt.scenario import Scenario
+from pwff_opt.scenario_io import resolved
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedRound:
+    """What one round of training gave, one entry a device."""
+
+    loss: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    """On each device's validation data, after the round."""
+    uplink_bit: int
+    """Measured size of what each device uploaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One schedule, trained: round by round, or the reason why it failed."""
+
+    key: str
+    schedule: Schedule
+    rounds: tuple[TrainedRound, ...]
+    wall_s: float
+    status: Literal["done", "failed"] = "done"
+    reason: str = ""
+
+
+class Evaluator(Protocol):
+    """Trains schedules. Same schedule, same answer: whatever is random is keyed by the scenario's seeds."""
+
+    @property
+    def workload(self) -> Workload:
+        """What the data contribute to the costs."""
+
+    def train(self, schedule: Schedule) -> Evaluation:
+        """Train a schedule and return its learning curve on validation data."""
+
+    def test(self, schedule: Schedule) -> tuple[float, ...]:
+        """Return every device's accuracy on test data after a schedule that has been trained."""
+
+
+def learning_key(scenario: Scenario, schedule: Schedule) -> str:
+    """Return what identifies a training: all that bears on what is learned, and nothing else.
+
+    Cell, radio and device hardware are not in it: they change what a schedule costs, not what it
+    learns. The number of rounds is that of the schedule, so a prefix has a key of its own.
+    """
+    everything = resolved(scenario)
+    training = dict(everything["training"])
+    for irrelevant in ("rounds", "feature_cache_byte"):
+        del training[irrelevant]
+    relevant: dict[str, Any] = {
+        "model": everything["model"],
+        "data": everything["data"],
+        "folder": everything["folder"] if scenario.data.source == "file" else "",
+        "peft": everything["peft"],
+        "training": training,
+        "seeds": {name: everything["seeds"][name] for name in ("data", "training")},
+        "devices": len(scenario.devices),
+        "schedule": str(schedule),
+    }
+    text = json.dumps(relevant, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

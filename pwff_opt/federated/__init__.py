@@ -1,0 +1,1 @@
+"""The federated trainer: the only place that imports torch."""

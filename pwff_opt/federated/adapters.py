@@ -1,0 +1,73 @@
+"""Bottleneck adapters, and the list of transformer layers they are attached to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pwff_opt.errors import ModelError
+
+
+class BottleneckAdapter(nn.Module):
+    r"""A bottleneck adapter at the output of a transformer layer.
+
+    .. math:: y = x + W_u\,\mathrm{gelu}(W_d x + b_d) + b_u
+
+    ``x``: [..., hidden]; ``W_d``: [width, hidden]; ``W_u``: [hidden, width]. ``W_u`` and ``b_u`` start
+    at zero, so a fresh adapter is the identity. Source: Houlsby et al., "Parameter-Efficient Transfer
+    Learning for NLP", ICML 2019, figure 2; one adapter a layer, as Pfeiffer et al. 2021 found enough.
+    """
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden, width)
+        self.up = nn.Linear(width, hidden)
+        self.enabled = True
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.up(nn.functional.gelu(self.down(x)))
+        return y
+
+
+def transformer_layers(model: Any) -> tuple[nn.Module, str]:
+    """Return the module that owns the stack of transformer layers and the attribute that holds it.
+
+    It is the only ``ModuleList`` with ``config.num_hidden_layers`` entries, whatever the family.
+    """
+    count = model.config.num_hidden_layers
+    found = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == count
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            f"model must hold exactly one list of {count} transformer layers "
+            f"(config.num_hidden_layers), found {len(found)} in {type(model).__name__}"
+        )
+    return found[0]
+
+
+def _apply_adapter(layer: Any, _args: Any, output: Any) -> Any:
+    adapter = layer.adapter
+    if not adapter.enabled:
+        return output
+    if isinstance(output, tuple):
+        return (adapter(output[0]), *output[1:])
+    return adapter(output)
+
+
+def attach_adapters(model: Any, width: int) -> list[BottleneckAdapter]:
+    """Register an adapter as ``layer.adapter`` on every transformer layer; return them in order."""
+    parent, name = transformer_layers(model)
+    adapters = []
+    for layer in getattr(parent, name):
+        layer.adapter = BottleneckAdapter(model.config.hidden_size, width)
+        layer.register_forward_hook(_apply_adapter)
+        adapters.append(layer.adapter)
+    return adapters

@@ -1,0 +1,44 @@
+"""Partial aggregation: the average of what was uploaded, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from pwff_opt.decision import LayerState
+from pwff_opt.federated.blocks import Tensors, layer_of
+
+
+def uploaded_names(
+    names: Iterable[str], states: Sequence[LayerState], *, head_shared: bool
+) -> list[str]:
+    """Return the tensors a device uploads: adapters of aggregated layers, and a shared head."""
+    chosen = []
+    for name in names:
+        layer = layer_of(name)
+        if layer is None:
+            if head_shared:
+                chosen.append(name)
+        elif name.startswith("adapter.") and states[layer] is LayerState.AGGREGATED:
+            chosen.append(name)
+    return sorted(chosen)
+
+
+def average(uploads: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+    r"""Return, for every tensor, the weighted mean over the devices that sent it.
+
+    .. math:: \bar\theta = \sum_{k \in S} w_k \theta_k / \sum_{k \in S} w_k
+
+    with S the senders of that tensor and w_k the number of training examples (McMahan et al., AISTATS
+    2017). Sums are taken in float64 and in the order of devices, so the order of arrival is immaterial.
+    """
+    result: Tensors = {}
+    for name in sorted({name for upload in uploads for name in upload}):
+        senders = [(u[name], w) for u, w in zip(uploads, weights, strict=True) if name in u]
+        total = sum(weight for _, weight in senders)
+        mean = torch.zeros_like(senders[0][0], dtype=torch.float64)
+        for tensor, weight in senders:
+            mean += tensor.double() * (weight / total)
+        result[name] = mean.float()
+    return result

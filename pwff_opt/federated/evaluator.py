@@ -1,0 +1,208 @@
+"""The evaluator that really trains: one scenario's model, data and devices on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+
+from pwff_opt.costs import Architecture, Workload
+from pwff_opt.decision import Schedule
+from pwff_opt.errors import DataError, PwffError
+from pwff_opt.evaluation import Evaluation, TrainedRound, learning_key
+from pwff_opt.federated.backbone import Backbone
+from pwff_opt.federated.blocks import Tensors
+from pwff_opt.federated.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+from pwff_opt.federated.data import load_corpus
+from pwff_opt.federated.export import save_device_model
+from pwff_opt.federated.partition import Shard, partition
+from pwff_opt.federated.tokens import Inputs, tokenise
+from pwff_opt.federated.trainer import Trainer
+from pwff_opt.models import model_config, model_source
+from pwff_opt.scenario import Scenario
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What the data are like, to be told before the work begins."""
+
+    sentences: int
+    domains: tuple[str, ...]
+    classes: tuple[str, ...]
+    majority: float
+    """Test accuracy of always naming the class most common in all training data, mean over devices."""
+    majority_per_device: float
+    """The same, each device naming its own most common class."""
+
+
+class FederatedEvaluator:
+    """Trains schedules with the scenario's model and data, and keeps a checkpoint after every round.
+
+    A checkpoint's key is that of the schedule's prefix, so a training that was killed goes on after
+    its last round, and one that shares its first rounds with another does not train them again.
+
+    Parameters
+    ----------
+    scenario : Scenario
+    checkpoints : folder for the checkpoints.
+    tick : callable
+        Called after each device's local steps with the number of them done in this session.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        checkpoints: str | Path,
+        *,
+        tick: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.scenario = scenario
+        self._folder = Path(checkpoints)
+        self._tick = tick
+        self.device_rounds = 0
+        devices = len(scenario.devices)
+        corpus = load_corpus(scenario.data, folder=Path(scenario.folder))
+        held = partition(corpus, scenario.data, devices=devices, seed=scenario.seeds.data)
+        used = np.concatenate([np.concatenate([s.train, s.validation, s.test]) for s in held])
+        labels = corpus.labels[used]
+        sizes = [len(part) for s in held for part in (s.train, s.validation, s.test)]
+        parts = np.split(np.arange(len(used)), np.cumsum(sizes)[:-1])
+        self.shards = [
+            Shard(train=parts[3 * k], validation=parts[3 * k + 1], test=parts[3 * k + 2])
+            for k in range(devices)
+        ]
+        self.source = model_source(scenario.model.source, folder=scenario.folder)
+        self.class_names = corpus.class_names
+        architecture = Architecture.from_config(
+            model_config(self.source), classes=len(corpus.class_names)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        texts = [corpus.texts[index] for index in used]
+        self.tokens = tokenise(texts, tokenizer, max_tokens=scenario.model.max_tokens)
+        lengths = [self.tokens.lengths[shard.train].astype(float) for shard in self.shards]
+        self._workload = Workload(
+            classes=len(corpus.class_names),
+            mean_tokens=np.array([own.mean() for own in lengths]),
+            mean_squared_tokens=np.array([(own**2).mean() for own in lengths]),
+        )
+        self.backbone = Backbone(
+            self.source,
+            family=architecture.family,
+            classes=len(corpus.class_names),
+            ranks=scenario.decisions.ranks,
+            adapter_width=scenario.peft.adapter_width,
+            lora_scale=scenario.peft.lora_scale,
+        )
+        self.labels = labels
+        self.summary = _summary(corpus.class_names, corpus.domain_names, labels, self.shards)
+        self._trainer: Trainer | None = None
+
+    @property
+    def workload(self) -> Workload:
+        return self._workload
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer; the base model's outputs are computed when it is first needed."""
+        if self._trainer is None:
+            inputs = Inputs(
+                self.tokens, self.backbone, budget_byte=self.scenario.training.feature_cache_byte
+            )
+            self._trainer = Trainer(
+                self.backbone,
+                inputs,
+                self.labels,
+                self.shards,
+                peft=self.scenario.peft,
+                training=self.scenario.training,
+                seed=self.scenario.seeds.training,
+            )
+        return self._trainer
+
+    def train(self, schedule: Schedule) -> Evaluation:
+        start = time.perf_counter()
+        key = learning_key(self.scenario, schedule)
+        status, reason = "done", ""
+        rounds: list[TrainedRound] = []
+        try:
+            _, rounds = self._trained(schedule)
+        except (PwffError, RuntimeError) as error:  # torch raises RuntimeError, out of memory too
+            status, reason = "failed", str(error)
+        return Evaluation(
+            key=key,
+            schedule=schedule,
+            rounds=tuple(rounds),
+            wall_s=time.perf_counter() - start,
+            status="done" if status == "done" else "failed",
+            reason=reason,
+        )
+
+    def test(self, schedule: Schedule) -> tuple[float, ...]:
+        states, _ = self._trained(schedule)
+        last, present = schedule.rounds[-1], schedule.present[-1]
+        return tuple(self.trainer.accuracy(states, last, present, "test"))
+
+    def save_device(self, schedule: Schedule, device: int, folder: str | Path) -> None:
+        """Write one device's model after a schedule; see :mod:`pwff_opt.federated.export`."""
+        if not 0 <= device < len(self.shards):
+            raise DataError(f"device must be in 0..{len(self.shards) - 1}, got {device}")
+        states, _ = self._trained(schedule)
+        save_device_model(
+            Path(folder),
+            states[device],
+            source=self.source,
+            family=self.backbone.family,
+            class_names=self.class_names,
+            lora_scale=self.scenario.peft.lora_scale,
+        )
+
+    def _trained(self, schedule: Schedule) -> tuple[list[Tensors], list[TrainedRound]]:
+        """Return state and learning curve after a schedule, training what no checkpoint holds."""
+        paths = [
+            checkpoint_path(self._folder, learning_key(self.scenario, schedule.prefix(n + 1)))
+            for n in range(len(schedule))
+        ]
+        states = self.trainer.initial()
+        rounds: list[TrainedRound] = []
+        for done in range(len(schedule), 0, -1):
+            loaded = load_checkpoint(paths[done - 1])
+            if loaded is not None and len(loaded[1]) == done:
+                states, rounds = loaded
+                break
+        for number in range(len(rounds), len(schedule)):
+            states, entry = self.trainer.round(
+                states, number, schedule.rounds[number], schedule.present[number], done=self._count
+            )
+            rounds.append(entry)
+            save_checkpoint(paths[number], states, rounds)
+        return states, rounds
+
+    def _count(self) -> None:
+        self.device_rounds += 1
+        self._tick(self.device_rounds)
+
+
+def _summary(
+    classes: tuple[str, ...],
+    domains: tuple[str, ...],
+    labels: NDArray[np.int64],
+    shards: list[Shard],
+) -> Summary:
+    count = len(classes)
+    train = [np.bincount(labels[shard.train], minlength=count) for shard in shards]
+    test = [np.bincount(labels[shard.test], minlength=count) / len(shard.test) for shard in shards]
+    common = int(np.sum(train, axis=0).argmax())
+    return Summary(
+        sentences=len(labels),
+        domains=domains,
+        classes=classes,
+        majority=float(np.mean([shares[common] for shares in test])),
+        majority_per_device=float(
+            np.mean([shares[own.argmax()] for shares, own in zip(test, train, strict=True)])
+        ),
+    )

@@ -1,0 +1,114 @@
+"""Figures of a run; they read its folder and nothing else."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pwff_opt.errors import RunError
+from pwff_opt.records import RunFolder, write_atomically
+
+TWO_COLUMNS_IN = 7.16
+
+_LABELS = {
+    "energy_j": "total energy (J)",
+    "delay_s": "total delay (s)",
+    "accuracy": "test accuracy (mean over devices)",
+}
+# (x, y, colour); accuracy is never logarithmic, the other two always are.
+_PANELS = (
+    ("delay_s", "energy_j", "accuracy"),
+    ("delay_s", "accuracy", "energy_j"),
+    ("energy_j", "accuracy", "delay_s"),
+)
+
+
+def front_figure(folder: RunFolder) -> list[Path]:
+    """Draw the front of a run in three pairwise projections; return the PDF and the PNG.
+
+    Each line is one trained schedule (a number of rounds of it), drawn along its optimal
+    energy-delay curve where it is on the front; the third objective is the colour.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    front = folder.table("front.csv")
+    if front is None or not len(front):
+        raise RunError(f"{folder.path} has no front to draw; run: pwff-opt front")
+    info = folder.info()
+    with as_file(files("pwff_opt") / "pwff.mplstyle") as style, plt.style.context(style):
+        figure, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS_IN, 2.35), layout="constrained")
+        for axis, (x, y, colour) in zip(axes, _PANELS, strict=True):
+            values = front[colour]
+            kind: Any = Normalize if colour == "accuracy" else LogNorm
+            norm = kind(values.min(), values.max())
+            for _, own in front.groupby("schedule", sort=False):
+                curve = own.sort_values("delay_s")
+                axis.plot(curve[x], curve[y], color="0.75", lw=0.6, zorder=1)
+            dots = axis.scatter(
+                front[x],
+                front[y],
+                c=values,
+                norm=norm,
+                s=7,
+                linewidths=0,
+                zorder=2,
+                rasterized=False,
+            )
+            best = front[front["knee"]].iloc[0]
+            axis.plot(
+                best[x], best[y], marker="*", ms=10, mfc="none", mec="black", mew=0.9, ls="", zorder=4,
+                label="knee",
+            )  # fmt: skip
+            axis.set_xscale("log")
+            if y == "energy_j":
+                axis.set_yscale("log")
+            elif "majority" in info:
+                axis.axhline(
+                    info["majority"], color="black", lw=0.7, ls=":", label="majority class"
+                )
+            for scale in (axis.xaxis, axis.yaxis):
+                if scale.get_scale() == "log":
+                    scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                    scale.set_major_formatter(ScalarFormatter())
+                    scale.set_minor_formatter(NullFormatter())
+            axis.set_xlabel(_LABELS[x])
+            axis.set_ylabel(_LABELS[y])
+            bar = figure.colorbar(dots, ax=axis, location="top", pad=0.02, aspect=28)
+            bar.set_label(_LABELS[colour])
+            if colour != "accuracy":
+                bar.ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+                bar.ax.xaxis.set_major_formatter(ScalarFormatter())
+                bar.ax.xaxis.set_minor_formatter(NullFormatter())
+            bar.outline.set_visible(False)
+        axes[1].legend(loc="lower right")
+        paths = [folder.path / "figures" / f"front.{suffix}" for suffix in ("pdf", "png")]
+        for path in paths:
+            metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
+            write_atomically(path, lambda target: figure.savefig(target, metadata=metadata))  # noqa: B023
+        plt.close(figure)
+    return paths
+
+
+def segments(front: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each schedule on a front, with the ends of its curve there."""
+    grouped = front.groupby("schedule", sort=False)
+    return grouped.agg(
+        accuracy=("accuracy", "first"),
+        accuracy_worst_device=("accuracy_worst_device", "first"),
+        accuracy_std_devices=("accuracy_std_devices", "first"),
+        accuracy_validation=("accuracy_validation", "first"),
+        delay_min_s=("delay_s", "min"),
+        delay_max_s=("delay_s", "max"),
+        energy_min_j=("energy_j", "min"),
+        energy_max_j=("energy_j", "max"),
+        points=("delay_s", "size"),
+        knee=("knee", "any"),
+    ).reset_index()

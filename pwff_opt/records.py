@@ -1,0 +1,341 @@
+"""Run folders: what a run leaves behind, written so that a kill at any moment loses nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pwff_opt.costs import Workload
+from pwff_opt.decision import Schedule
+from pwff_opt.errors import RunError
+from pwff_opt.evaluation import Evaluation, Evaluator, TrainedRound, learning_key
+from pwff_opt.scenario import Scenario
+from pwff_opt.scenario_io import from_resolved, resolved
+
+PACKAGES = (
+    "pwff-opt",
+    "torch",
+    "transformers",
+    "peft",
+    "numpy",
+    "scipy",
+    "pymoo",
+    "moocore",
+    "cvxpy",
+)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, then rename it: readers see all of it or the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(Path(name))
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
+
+
+class RunFolder:
+    """A folder with one scenario and all that was computed for it.
+
+    ``scenario.toml`` as given, ``resolved.json`` with every default filled in, ``run.json``
+    (versions, revision, hardware, start, end, status), ``evaluations.parquet`` (a row a training),
+    ``rounds.parquet`` (a row a training, round and device), ``tests.parquet`` (a row a tested schedule
+    and device), ``checkpoints/``, ``front.csv``, ``figures/``.
+
+    Raises
+    ------
+    RunError
+        If the folder holds another scenario's run, or something that is no run at all.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def front(self) -> Path:
+        return self.path / "front.csv"
+
+    def open(self, scenario: Scenario, text: str) -> None:
+        """Begin a run here, or take up the one that is here if its scenario is the same."""
+        resolved_path = self.path / "resolved.json"
+        if resolved_path.is_file():
+            difference = _differences(self.scenario(), scenario)
+            if difference:
+                raise RunError(
+                    f"{self.path} holds the run of another scenario (it differs in "
+                    f"{', '.join(difference)}); choose another --out, or delete the folder"
+                )
+        elif self.path.exists() and (not self.path.is_dir() or any(self._foreign())):
+            raise RunError(
+                f"{self.path} exists and is not a run folder; choose another --out, or delete it"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            self.path / "scenario.toml", lambda target: target.write_text(text, "utf-8")
+        )
+        write_json(resolved_path, resolved(scenario))
+
+    def scenario(self) -> Scenario:
+        """Return the scenario of the run."""
+        path = self.path / "resolved.json"
+        if not path.is_file():
+            raise RunError(f"{self.path} is not a run folder: it has no resolved.json")
+        try:
+            return from_resolved(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}") from error
+
+    def info(self) -> dict[str, Any]:
+        path = self.path / "run.json"
+        if not path.is_file():
+            return {}
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: {error}") from error
+        return values
+
+    def note(self, **values: Any) -> None:
+        """Add to ``run.json``."""
+        write_json(self.path / "run.json", self.info() | values)
+
+    def begin(self, **values: Any) -> None:
+        """Note versions, hardware and time at the start of a session."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        info = self.info()
+        self.note(
+            started=info.get("started", now),
+            sessions=[*info.get("sessions", []), now],
+            status="running",
+            versions=_versions(),
+            revision=_revision(),
+            hardware=_hardware(),
+            **values,
+        )
+
+    def finish(self, status: str) -> None:
+        self.note(status=status, ended=datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process alone; the system lets go of it when the process ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RunError(f"{self.path} is in use by another process") from error
+            yield
+
+    def table(self, name: str) -> pd.DataFrame | None:
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        except (ValueError, OSError) as error:
+            raise RunError(f"{path} is damaged: {error}") from error
+
+    def write_table(self, name: str, table: pd.DataFrame) -> None:
+        if name.endswith(".csv"):
+            write_atomically(self.path / name, lambda target: table.to_csv(target, index=False))
+        else:
+            write_atomically(self.path / name, lambda target: table.to_parquet(target, index=False))
+
+    def _foreign(self) -> Iterator[Path]:
+        return (entry for entry in self.path.iterdir() if entry.name != ".lock")
+
+
+class Journal:
+    """An evaluator that remembers in a run folder: what is in the journal is never trained again."""
+
+    def __init__(self, evaluator: Evaluator, folder: RunFolder) -> None:
+        self._evaluator, self._folder = evaluator, folder
+        self._scenario = folder.scenario()
+        self.reused = 0
+        self.trained = 0
+        evaluations = folder.table("evaluations.parquet")
+        rounds = folder.table("rounds.parquet")
+        self._evaluations = _records(evaluations)
+        self._known = {row["key"]: row for row in self._evaluations}
+        # A kill between the two files leaves rounds without their evaluation: those do not count.
+        self._rounds = [row for row in _records(rounds) if row["key"] in self._known]
+
+        tests = folder.table("tests.parquet")
+        self._tests: dict[str, tuple[float, ...]] = (
+            {}
+            if tests is None
+            else {
+                str(key): tuple(map(float, own.sort_values("device")["accuracy_test"]))
+                for key, own in tests.groupby("key")
+            }
+        )
+
+    @property
+    def workload(self) -> Workload:
+        return self._evaluator.workload
+
+    def train(self, schedule: Schedule) -> Evaluation:
+        key = learning_key(self._scenario, schedule)
+        if key in self._known:
+            self.reused += 1
+            return self._recall(key, schedule)
+        evaluation = self._evaluator.train(schedule)
+        self.trained += 1
+        self._append(evaluation)
+        return evaluation
+
+    def __len__(self) -> int:
+        return len(self._evaluations)
+
+    def test(self, schedule: Schedule) -> tuple[float, ...]:
+        key = learning_key(self._scenario, schedule)
+        if key not in self._tests:
+            self._tests[key] = self._evaluator.test(schedule)
+            rows = [
+                {"key": known, "device": device, "accuracy_test": accuracy}
+                for known, scores in self._tests.items()
+                for device, accuracy in enumerate(scores)
+            ]
+            self._folder.write_table("tests.parquet", pd.DataFrame(rows))
+        return self._tests[key]
+
+    def _append(self, evaluation: Evaluation) -> None:
+        last = evaluation.rounds[-1].accuracy if evaluation.rounds else ()
+        row = {
+            "key": evaluation.key,
+            "schedule": str(evaluation.schedule),
+            "rounds": len(evaluation.rounds),
+            "seed": self._scenario.seeds.training,
+            "accuracy_validation": list(last),
+            "wall_s": evaluation.wall_s,
+            "status": evaluation.status,
+            "reason": evaluation.reason,
+        }
+        self._rounds += [
+            {
+                "key": evaluation.key,
+                "round": number,
+                "device": device,
+                "loss": entry.loss[device],
+                "accuracy_validation": entry.accuracy[device],
+                "uplink_bit": entry.uplink_bit,
+            }
+            for number, entry in enumerate(evaluation.rounds)
+            for device in range(len(entry.loss))
+        ]
+        self._evaluations.append(row)
+        self._known[evaluation.key] = row
+        # Rounds first: an evaluation is in the journal once its row is, and then it is complete.
+        self._folder.write_table("rounds.parquet", pd.DataFrame(self._rounds))
+        self._folder.write_table("evaluations.parquet", pd.DataFrame(self._evaluations))
+
+    def _recall(self, key: str, schedule: Schedule) -> Evaluation:
+        row = self._known[key]
+        own: dict[int, list[dict[str, Any]]] = {}
+        for entry in self._rounds:
+            if entry["key"] == key:
+                own.setdefault(int(entry["round"]), []).append(entry)
+        return Evaluation(
+            key=key,
+            schedule=schedule,
+            rounds=tuple(
+                TrainedRound(
+                    loss=tuple(float(entry["loss"]) for entry in own[number]),
+                    accuracy=tuple(float(entry["accuracy_validation"]) for entry in own[number]),
+                    uplink_bit=int(own[number][0]["uplink_bit"]),
+                )
+                for number in range(int(row["rounds"]))
+            ),
+            wall_s=float(row["wall_s"]),
+            status=row["status"],
+            reason=row["reason"],
+        )
+
+
+def _records(table: pd.DataFrame | None) -> list[dict[str, Any]]:
+    rows = [] if table is None else table.to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in rows]
+
+
+def _differences(old: Scenario, new: Scenario) -> list[str]:
+    """Return the keys in which two scenarios differ."""
+
+    def flat(values: Any, path: str) -> dict[str, Any]:
+        if isinstance(values, dict):
+            items = [(f"{path}.{key}" if path else key, value) for key, value in values.items()]
+        elif isinstance(values, list):
+            items = [(f"{path}[{number}]", value) for number, value in enumerate(values)]
+        else:
+            return {path: values}
+        return {key: leaf for name, value in items for key, leaf in flat(value, name).items()}
+
+    a, b = flat(resolved(old), ""), flat(resolved(new), "")
+    differing = [key for key in {**a, **b} if a.get(key) != b.get(key) and key != "folder"]
+    shown = [f"{key}: {a.get(key)!r} there, {b.get(key)!r} now" for key in differing[:3]]
+    return shown + ([f"{len(differing) - 3} more"] if len(differing) > 3 else [])
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def _revision() -> str:
+    """Return the git revision of this code, with a + if it was changed since; "" outside git."""
+    here = Path(__file__).parent.parent
+    if not (here / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _hardware() -> dict[str, Any]:
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+    }

@@ -1,0 +1,293 @@
+"""A scenario: the cell, its devices, the model and data they fine-tune, and what may be decided.
+
+Every table of a scenario file is one frozen dataclass here, with the same names and units. The rule
+of a field stands in its type (``Annotated[float, Gt(0)]``); rules between fields stand in
+``Scenario``. Both are checked whenever a scenario is made, from a file or in Python, and all
+violations are reported together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le
+
+from pwff_opt.errors import ScenarioError
+
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Count = Annotated[int, Gt(0)]
+Natural = Annotated[int, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """The base station's side: one band for uploads, one for the broadcast."""
+
+    bandwidth_hz: Positive
+    """Uplink band, divided among the devices (fdma) or used by each in turn (tdma)."""
+    downlink_bandwidth_hz: Positive
+    downlink_power_w: Positive
+    noise_psd_w_per_hz: Positive = 3.981e-21
+    """-174 dBm/Hz, thermal noise at 290 K."""
+    access: Literal["fdma", "tdma"] = "fdma"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Radio:
+    """From distance to power gain; see :mod:`pwff_opt.wireless`."""
+
+    path_loss_1km_db: NonNegative = 128.1
+    path_loss_slope_db: NonNegative = 37.6
+    """dB per decade of distance."""
+    shadowing_std_db: NonNegative = 8.0
+    fading: Literal["none", "rayleigh", "rician"] = "rayleigh"
+    rician_factor: NonNegative = 3.0
+    """Power of the direct path over that of the scattered ones (linear); only for rician."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One device: where it is, what it can do, what its effort costs."""
+
+    distance_m: Positive
+    power_max_w: Positive
+    frequency_max_hz: Positive
+    frequency_min_hz: NonNegative = 0.0
+    kappa: Positive = 1e-28
+    """Effective switched capacitance [J s^2 / cycle]: c cycles at f Hz cost kappa c f^2."""
+    flops_per_cycle: Positive = 8.0
+    memory_byte: Positive = 4e9
+    receive_power_w: NonNegative = 0.1
+    """Power drawn while the broadcast is received."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """The frozen language model: "minilm", a local folder, or a hub name."""
+
+    source: str = "minilm"
+    max_tokens: Annotated[int, Gt(1)] = 48
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """The labelled text and how it is shared out; see :mod:`pwff_opt.federated.partition`."""
+
+    source: Literal["hutto", "reuters-r8", "20newsgroups", "file", "hub"] = "hutto"
+    path: str = ""
+    """For "file": a CSV, Parquet or JSONL file, or a folder of them; for "hub": a data set's name."""
+    text_column: str = "text"
+    label_column: str = "label"
+    domain_column: str = ""
+    """Column of the natural groups; empty: one group."""
+    neutral_band: Annotated[float, Gt(0), Le(4)] = 0.5
+    """Hutto only: mean ratings within +-this are "neutral"."""
+    label_dirichlet: Positive = 5.0
+    """Concentration of each device's class mix around its domain's; small is more skewed."""
+    train_per_device: Count = 240
+    validation_per_device: Count = 60
+    test_per_device: Count = 150
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peft:
+    """The trainable blocks."""
+
+    adapter_width: Count = 16
+    lora_scale: Positive = 2.0
+    """alpha / r."""
+    head: Literal["personal", "shared"] = "personal"
+    upload_dtype: Literal["float32", "float16"] = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What every device does in a round."""
+
+    rounds: Count = 4
+    local_steps: Count = 4
+    batch_size: Count = 16
+    learning_rate: Positive = 2e-3
+    """Of adapters and LoRA."""
+    head_learning_rate: Positive = 2e-2
+    """Of the classification head, which starts from nothing and sees small features."""
+    weight_decay: NonNegative = 0.01
+    feature_cache_byte: NonNegative = 4e9
+    """Memory of this machine for outputs of frozen layers; changes speed, never results."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decisions:
+    """What the search may choose."""
+
+    ranks: tuple[Natural, ...] = (0, 2, 4, 8)
+    rank_scope: Literal["common", "per_device"] = "common"
+    layer_states: tuple[Literal["frozen", "personal", "aggregated"], ...] = (
+        "frozen",
+        "personal",
+        "aggregated",
+    )
+    phases: Count = 1
+    """Stretches of rounds, equally long, with a decision each; 1: one decision for the whole run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thresholds:
+    """What the user will accept; points beyond are left out of the front. None: no limit."""
+
+    accuracy_min: Share | None = None
+    energy_max_j: Positive | None = None
+    delay_max_s: Positive | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """How the front is searched for."""
+
+    population: Annotated[int, Ge(4)] = 8
+    curve_points: Annotated[int, Ge(2)] = 25
+    """Prices of time at which each schedule's energy-delay curve is laid down."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seeds:
+    """Roots of the random streams, apart so that one can be redrawn while the others stay."""
+
+    devices: Natural = 1
+    channel: Natural = 1
+    data: Natural = 1
+    training: Natural = 1
+    search: Natural = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A complete, checked planning problem.
+
+    Raises
+    ------
+    ScenarioError
+        Naming every field that breaks a rule, with the rule and the value.
+    """
+
+    cell: Cell
+    devices: tuple[Device, ...]
+    name: str = "scenario"
+    radio: Radio = field(default_factory=Radio)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    peft: Peft = field(default_factory=Peft)
+    training: Training = field(default_factory=Training)
+    decisions: Decisions = field(default_factory=Decisions)
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    search: Search = field(default_factory=Search)
+    seeds: Seeds = field(default_factory=Seeds)
+    folder: str = "."
+    """Where relative paths start: the folder of the scenario file."""
+
+    def __post_init__(self) -> None:
+        problems = list(field_problems(self, ""))
+        try:
+            problems += self._relations()
+        except (TypeError, AttributeError):  # comparing fields of a wrong type, reported above
+            if not problems:
+                raise
+        if problems:
+            raise ScenarioError(f"scenario {self.name!r}", problems)
+
+    def with_rounds(self, rounds: int) -> Scenario:
+        """Return the same scenario with another number of rounds."""
+        return replace(self, training=replace(self.training, rounds=rounds))
+
+    def _relations(self) -> Iterator[str]:
+        if not self.devices:
+            yield "devices must hold at least one device, got none"
+        for number, device in enumerate(self.devices):
+            if device.frequency_min_hz > device.frequency_max_hz:
+                yield (
+                    f"devices[{number}].frequency_min_hz must not exceed frequency_max_hz "
+                    f"({device.frequency_max_hz:g}), got {device.frequency_min_hz:g}"
+                )
+        if self.data.source in ("file", "hub") and not self.data.path:
+            yield f"data.path must name the data for data.source {self.data.source!r}, got ''"
+        if self.data.source not in ("file", "hub") and self.data.path:
+            yield f"data.path must be empty for data.source {self.data.source!r}, got {self.data.path!r}"
+        if self.training.local_steps * self.training.batch_size > self.data.train_per_device:
+            yield (
+                "training.local_steps x training.batch_size must not exceed data.train_per_device "
+                f"({self.data.train_per_device}), so that a round sees no example twice; "
+                f"got {self.training.local_steps} x {self.training.batch_size}"
+            )
+        for key, values in (
+            ("decisions.ranks", self.decisions.ranks),
+            ("decisions.layer_states", self.decisions.layer_states),
+        ):
+            if not values or len(set(values)) != len(values):
+                yield f"{key} must hold at least one value and none twice, got {list(values)!r}"
+        if self.decisions.phases > self.training.rounds:
+            yield (
+                f"decisions.phases must not exceed training.rounds ({self.training.rounds}), "
+                f"got {self.decisions.phases}"
+            )
+
+
+def rules_of(table: type) -> dict[str, Any]:
+    """Return the type of every field of a table, its rules included."""
+    return get_type_hints(table, include_extras=True)
+
+
+def field_problems(table: Any, path: str) -> Iterator[str]:
+    """Yield a line for every field of a table (and of the tables in it) that breaks its rule."""
+    for entry in fields(table):
+        where = f"{path}{entry.name}"
+        yield from value_problems(
+            getattr(table, entry.name), rules_of(type(table))[entry.name], where
+        )
+
+
+def value_problems(value: Any, hint: Any, where: str) -> Iterator[str]:
+    """Yield a line for every rule of the type ``hint`` that ``value`` breaks."""
+    if get_origin(hint) is Annotated:
+        kind, *rules = get_args(hint)
+        yield from _number_problems(value, kind, rules, where)
+    elif get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            yield f"{where} must be one of {', '.join(map(repr, get_args(hint)))}, got {value!r}"
+    elif get_origin(hint) is tuple:
+        if not isinstance(value, tuple):
+            yield f"{where} must be a tuple, got {value!r}"
+            return
+        for number, item in enumerate(value):
+            yield from value_problems(item, get_args(hint)[0], f"{where}[{number}]")
+    elif type(None) in get_args(hint):
+        if value is not None:
+            yield from value_problems(value, get_args(hint)[0], where)
+    elif is_dataclass(hint):
+        if type(value) is not hint:
+            yield f"{where} must be a {getattr(hint, '__name__', hint)}, got {value!r}"
+            return
+        yield from field_problems(value, f"{where}.")
+    elif hint is str and not isinstance(value, str):
+        yield f"{where} must be text, got {value!r}"
+
+
+def _number_problems(value: Any, kind: type, rules: list[Any], where: str) -> Iterator[str]:
+    allowed = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        yield f"{where} must be {'a whole number' if kind is int else 'a number'}, got {value!r}"
+        return
+    if not math.isfinite(value):
+        yield f"{where} must be finite, got {value!r}"
+        return
+    for rule in rules:
+        if isinstance(rule, Gt) and not value > rule.gt:  # type: ignore[operator]
+            yield f"{where} must be greater than {rule.gt}, got {value!r}"
+        if isinstance(rule, Ge) and not value >= rule.ge:  # type: ignore[operator]
+            yield f"{where} must be at least {rule.ge}, got {value!r}"
+        if isinstance(rule, Le) and not value <= rule.le:  # type: ignore[operator]
+            yield f"{where} must be at most {rule.le}, got {value!r}"

@@ -1,0 +1,1 @@
+"""Numerical kernels of pwff_opt: arrays in, solutions out."""

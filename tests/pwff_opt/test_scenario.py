@@ -1,0 +1,155 @@
+"""Scenario files: everything wrong is said at once, with path, rule and value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pwff_opt.errors import ScenarioError
+from pwff_opt.scenario import Cell, Device, Scenario
+from pwff_opt.scenario_io import (
+    built_in_names,
+    from_resolved,
+    parse_scenario,
+    read_scenario,
+    resolved,
+)
+
+GOOD = """
+[cell]
+bandwidth_hz = 1e6
+downlink_bandwidth_hz = 1e6
+downlink_power_w = 1
+[devices]
+count = 3
+distance_m = 100
+power_max_w = 0.1
+frequency_max_hz = 1e9
+"""
+
+
+def problems_of(text: str) -> tuple[str, ...]:
+    with pytest.raises(ScenarioError) as caught:
+        parse_scenario(text)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("name", built_in_names())
+def test_built_in_scenarios_are_good_and_survive_json(name: str) -> None:
+    scenario = read_scenario(name)
+    assert from_resolved(resolved(scenario)) == scenario
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    text = """
+nme = "x"
+[cell]
+bandwidth_hz = -1
+downlink_bandwith_hz = 3
+downlink_power_w = 1
+access = "cdma"
+noise_psd_w_per_hz = nan
+[devices]
+count = 3
+distance_m = { disk = [1, 2] }
+power_max_w = 0
+frequency_max_hz = { uniform = [3e9, 1e9] }
+kapa = 3
+[data]
+source = "file"
+train_per_device = 1.5
+[training]
+local_steps = true
+[decisions]
+ranks = [1, 1, -2]
+[thresholds]
+accuracy_min = 1.2
+"""
+    problems = problems_of(text)
+    for start in (
+        "nme is not a known key; did you mean 'name'?",
+        "cell.downlink_bandwith_hz is not a known key; did you mean 'downlink_bandwidth_hz'?",
+        "cell.downlink_bandwidth_hz is required, and missing",
+        "cell.bandwidth_hz must be greater than 0, got -1.0",
+        "cell.noise_psd_w_per_hz must be finite, got nan",
+        "cell.access must be one of 'fdma', 'tdma', got 'cdma'",
+        "devices.distance_m must be a value or one distribution",
+        "devices.power_max_w must be greater than 0, got 0.0",
+        "devices.frequency_max_hz.uniform must be [low, high] with low <= high",
+        "devices.kapa is not a known key; did you mean 'kappa'?",
+        "data.train_per_device must be a whole number, got 1.5",
+        "data.path must name the data",
+        "training.local_steps must be a whole number, got True",
+        "decisions.ranks[2] must be at least 0, got -2",
+        "decisions.ranks must hold at least one value and none twice",
+        "thresholds.accuracy_min must be at most 1, got 1.2",
+    ):
+        assert sum(line.startswith(start) for line in problems) == 1, (start, problems)
+    assert len(problems) == len(set(problems))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("frequency_min_hz = 2e9", "devices[0].frequency_min_hz must not exceed frequency_max_hz"),
+        ("frequency_max_hz = inf", "devices.frequency_max_hz must be finite, got inf"),
+        ("count = 0", "devices.count must be a whole number of at least 1"),
+        ("kappa = '1'", "devices.kappa must be a number, got '1'"),
+        ("kappa = { choice = [1e-28, -1.0] }", "devices.kappa.choice[1] must be greater than 0"),
+        ("kappa = { log_uniform = [1e-28] }", "devices.kappa.log_uniform must be [low, high]"),
+    ],
+)
+def test_devices_are_checked(change: str, problem: str) -> None:
+    key = change.split(" ")[0]
+    kept = [line for line in GOOD.splitlines() if not line.startswith(f"{key} =")]
+    found = problems_of("\n".join([*kept, change]))
+    assert any(line.startswith(problem) for line in found), found
+
+
+@pytest.mark.parametrize("text", ["[cell", "folder = '/'", "devices = 3", "device = [1]", "cell = 1"])
+def test_broken_documents_are_errors_not_crashes(text: str) -> None:
+    assert problems_of(text)
+
+
+def test_devices_one_by_one_replace_what_was_drawn() -> None:
+    text = GOOD + "[[device]]\npower_max_w = 0.5\n[[device]]\n"
+    devices = parse_scenario(text).devices
+    assert [device.power_max_w for device in devices] == [0.5, 0.1, 0.1]
+    only = GOOD.split("[devices]")[0] + (
+        "[[device]]\ndistance_m = 5\npower_max_w = 1\nfrequency_max_hz = 1e9\n"
+    )
+    assert len(parse_scenario(only).devices) == 1
+
+
+def test_draws_of_a_device_do_not_depend_on_the_others() -> None:
+    few = GOOD.replace("distance_m = 100", "distance_m = { disc = [50, 400] }")
+    many = few.replace("count = 3", "count = 400")
+    assert parse_scenario(many).devices[:3] == parse_scenario(few).devices
+    distances = [device.distance_m for device in parse_scenario(many).devices]
+    assert 50 <= min(distances)
+    assert max(distances) <= 400
+    # Even over the area: the mean square is the middle of the squared range.
+    mean_square = sum(d**2 for d in distances) / len(distances)
+    assert mean_square == pytest.approx((50**2 + 400**2) / 2, rel=0.1)
+    other = "[seeds]\ndevices = 2\n" + few
+    assert parse_scenario(other).devices != parse_scenario(few).devices
+
+
+def test_python_scenarios_obey_the_same_rules() -> None:
+    cell = Cell(bandwidth_hz=1e6, downlink_bandwidth_hz=1e6, downlink_power_w=1.0)
+    device = Device(distance_m=10.0, power_max_w=0.1, frequency_max_hz=1e9)
+    scenario = Scenario(cell=cell, devices=(device,))
+    with pytest.raises(ScenarioError, match=r"devices\[0\].kappa must be finite, got nan"):
+        replace(scenario, devices=(replace(device, kappa=math.nan),))
+    with pytest.raises(ScenarioError, match="devices must hold at least one device"):
+        replace(scenario, devices=())
+    with pytest.raises(ScenarioError, match="phases must not exceed"):
+        replace(scenario, decisions=replace(scenario.decisions, phases=9))
+
+
+def test_unknown_scenario_names_the_built_in_ones(tmp_path: Path) -> None:
+    with pytest.raises(ScenarioError, match="hutto"):
+        read_scenario(tmp_path / "none.toml")

@@ -1,0 +1,145 @@
+"""Gap and violation on random instances, and a certificate that can fail."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from allocation_cells import random_batch
+from pwff_solvers.allocation import LeastEnergy, Shortest, Status, Weighted, certificate, solve
+
+HOW = [{"floors": False}, {"decades": 10.0}, {"decades": 10.0, "zeros": True}, {"zeros": True}]
+
+
+def check(result, least=1.0):
+    good = result.status == Status.OPTIMAL
+    assert good.mean() >= least, (result.gap[~good], result.violation[~good])
+    assert np.abs(result.gap[good]).max() <= 1e-8
+    assert result.violation[good].max() <= 1e-9
+
+
+@pytest.mark.parametrize("access", ["fdma", "tdma"])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    ("devices", "instances"), [(1, 100), (3, 200), (10, 300), (50, 60), (200, 8)]
+)
+def test_least_energy_and_shortest_are_certified(devices, instances, how, access):
+    rng = np.random.default_rng(devices)
+    batch = random_batch(rng, instances, devices, **how)
+    shortest = solve(batch, Shortest(), access)
+    check(shortest)
+    factor = rng.choice([1.02, 1.1, 1.5, 3.0, 10.0, 100.0], instances)
+    check(solve(batch, LeastEnergy(0.01 + (shortest.round_s - 0.01) * factor), access))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(("devices", "instances"), [(1, 60), (3, 60), (10, 60), (50, 10)])
+def test_weighted_is_certified(devices, instances, how):
+    rng = np.random.default_rng(devices + 1)
+    batch = random_batch(rng, instances, devices, **how)
+    for price in (1e-3, 1.0, 1e3):
+        check(solve(batch, Weighted(price)), least=0.96)
+        check(solve(batch, Weighted(price), "tdma"))
+
+
+def test_the_round_at_the_edge_is_the_shortest():
+    batch = random_batch(np.random.default_rng(5), 50, 8, zeros=True)
+    shortest = solve(batch, Shortest())
+    again = solve(batch, LeastEnergy(shortest.round_s))
+    check(again)
+    np.testing.assert_allclose(again.energy_j, shortest.energy_j, rtol=1e-6)
+
+
+def parts(batch, result):
+    point = certificate.Primal(
+        bandwidth_hz=result.bandwidth_hz,
+        power_w=result.power_w,
+        frequency_hz=result.frequency_hz,
+        upload_s=result.upload_s,
+        round_s=result.round_s,
+    )
+    prices = certificate.Multipliers(
+        bandwidth_j_per_hz=result.price_of_bandwidth_j_per_hz, time_w=result.price_of_time_w
+    )
+    return point, prices
+
+
+def relative_gap(batch, point, prices, price=None, access="fdma"):
+    value = certificate.variable_energy(batch, point)
+    if price is not None:
+        value = value + price * point.round_s
+    return (value - certificate.energy_bound(batch, point, prices, price, access)) / value
+
+
+def test_wrong_multipliers_open_the_gap():
+    batch = random_batch(np.random.default_rng(6), 40, 6, decades=1.0, floors=False)
+    round_s = 2 * solve(batch, Shortest()).round_s
+    point, prices = parts(batch, solve(batch, LeastEnergy(round_s)))
+    assert np.abs(relative_gap(batch, point, prices)).max() < 1e-9
+    for factor in (0.9, 1.1):
+        wrong = replace(prices, bandwidth_j_per_hz=factor * prices.bandwidth_j_per_hz)
+        gap = relative_gap(batch, point, wrong)
+        assert (gap > 1e-5).all()
+        # ... and never below zero: the bound is valid whatever the multipliers
+    tdma = solve(batch, LeastEnergy(2 * solve(batch, Shortest(), "tdma").round_s), "tdma")
+    point, prices = parts(batch, tdma)
+    wrong = replace(prices, time_w=1.1 * prices.time_w)
+    assert (relative_gap(batch, point, wrong, access="tdma") > 1e-5).all()
+
+
+def test_a_feasible_but_worse_point_opens_the_gap():
+    """Move band from one device to another and pay for it in power: feasible, not optimal."""
+    batch = random_batch(np.random.default_rng(7), 40, 6, decades=1.0, floors=False)
+    round_s = 3 * solve(batch, Shortest()).round_s
+    point, prices = parts(batch, solve(batch, LeastEnergy(round_s)))
+    b = point.bandwidth_hz.copy()
+    shift = 0.3 * np.minimum(b[:, 0], b[:, 1])
+    b[:, 0] += shift
+    b[:, 1] -= shift
+    z = batch.payload_bit * np.log(2) / (b * point.upload_s)
+    power = b * np.expm1(z) * batch.noise_psd_w_per_hz[:, None] / batch.gain
+    moved = replace(point, bandwidth_hz=b, power_w=power)
+    assert (relative_gap(batch, moved, prices) > 1e-9).all()
+    slower = replace(point, frequency_hz=1.01 * point.frequency_hz)
+    assert (relative_gap(batch, slower, prices) > 1e-4).any()
+
+
+@pytest.mark.parametrize("name", ["bandwidth_hz", "power_w", "upload_s", "frequency_hz"])
+def test_any_changed_decision_is_seen_as_a_violation(name):
+    batch = random_batch(np.random.default_rng(8), 20, 5, floors=False)
+    result = solve(batch, LeastEnergy(2 * solve(batch, Shortest()).round_s))
+    point, _ = parts(batch, result)
+    assert certificate.violation(batch, point, "fdma").max() < 1e-9
+    wrong = [0.999, 1.001] if name in ("bandwidth_hz", "upload_s") else [0.999]
+    for factor in wrong:
+        bad = replace(point, **{name: factor * getattr(point, name)})
+        assert (certificate.violation(batch, bad, "fdma") > 1e-6).all(), (name, factor)
+    assert {f.name for f in fields(point)} >= {name}
+
+
+def test_bound_of_the_shortest_round_moves_away_from_a_worse_point():
+    batch = random_batch(np.random.default_rng(9), 30, 6, floors=False)
+    point, _ = parts(batch, solve(batch, Shortest()))
+    value = point.round_s
+    bound = certificate.shortest_bound(batch, point, "fdma")
+    assert np.abs(1 - bound / value).max() < 1e-9
+    late = replace(point, upload_s=1.05 * point.upload_s)
+    assert (certificate.shortest_bound(batch, late, "fdma") < bound * (1 - 1e-7)).any()
+
+
+def test_no_bound_exceeds_any_feasible_value():
+    """Weak duality with multipliers drawn at random."""
+    rng = np.random.default_rng(10)
+    batch = random_batch(rng, 200, 5, decades=6.0, zeros=True)
+    result = solve(batch, LeastEnergy(2 * solve(batch, Shortest()).round_s))
+    point, prices = parts(batch, result)
+    for _ in range(20):
+        noise = 10 ** rng.uniform(-2, 2, batch.instances)
+        any_price = replace(prices, bandwidth_j_per_hz=noise * prices.bandwidth_j_per_hz)
+        assert (relative_gap(batch, point, any_price) > -1e-9).all()
+
+
+def test_units_of_the_certificate_tolerances():
+    assert [s.name for s in Status] == ["OPTIMAL", "INACCURATE", "INFEASIBLE"]
+    assert all(s.sentence.endswith(".") for s in Status)

@@ -1,0 +1,144 @@
+"""Bad input, infeasible instances, shapes."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from allocation_cells import random_arguments, random_batch
+from pwff_solvers.allocation import (
+    Batch,
+    InvalidInputError,
+    LeastEnergy,
+    Shortest,
+    Status,
+    Weighted,
+    solve,
+)
+
+GOOD = {
+    "payload_bit": [[1e5, 2e5]],
+    "work_cycles": 1e9,
+    "gain": [[1e-10, 1e-11]],
+    "power_max_w": 0.1,
+    "frequency_min_hz": 0.0,
+    "frequency_max_hz": 2e9,
+    "kappa": 1e-28,
+    "bandwidth_hz": 1e6,
+    "noise_psd_w_per_hz": 4e-21,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gain": [[1e-10, -1.0]]}, "gain[0, 1] must be positive, got -1.0"),
+        ({"gain": [[np.nan, 1.0]]}, "gain[0, 0] must be finite, got nan"),
+        ({"payload_bit": -1.0}, "payload_bit must be at least 0, got -1.0"),
+        ({"work_cycles": np.inf}, "work_cycles must be finite, got inf"),
+        ({"kappa": [-1.0, 0.0]}, "kappa[0] must be at least 0, got -1.0"),
+        ({"bandwidth_hz": 0.0}, "bandwidth_hz must be positive, got 0.0"),
+        ({"noise_psd_w_per_hz": [0.0]}, "noise_psd_w_per_hz[0] must be positive, got 0.0"),
+        ({"power_max_w": 0.0}, "power_max_w must be positive, got 0.0"),
+        ({"fixed_delay_s": -1.0}, "fixed_delay_s must be at least 0, got -1.0"),
+        ({"fixed_energy_j": -1.0}, "fixed_energy_j must be at least 0, got -1.0"),
+        ({"power_min_w": 0.2},
+         "power_min_w[0, 0] must be at most power_max_w[0, 0] = 0.1, got 0.2"),
+        ({"frequency_min_hz": 3e9},
+         "frequency_min_hz[0, 0] must be at most frequency_max_hz[0, 0] = 2000000000.0, "
+         "got 3000000000.0"),
+        ({"work_cycles": [1.0, 2.0, 3.0]},
+         "work_cycles must have 2 along the device axis like payload_bit, got shape [3]"),
+        ({"bandwidth_hz": [[1e6]]}, "bandwidth_hz must broadcast to [instance], got shape [1, 1]"),
+        ({"gain": "loud"}, "gain must be an array of real numbers, got 'loud'"),
+    ],
+)  # fmt: skip
+def test_bad_batch(change, message):
+    with pytest.raises(InvalidInputError, match="^" + re.escape(message)):
+        Batch(**{**GOOD, **change})
+
+
+def test_bad_objective_and_access():
+    batch = Batch(**GOOD)
+    for objective, message in (
+        (LeastEnergy(-1.0), "round_s must be positive, got -1.0"),
+        (LeastEnergy([1.0, 2.0]), r"round_s must have shape \[1\] or be a scalar, got shape \[2\]"),
+        (Weighted(0.0), "price_of_time_w must be positive, got 0.0"),
+        (Weighted([np.nan]), r"price_of_time_w\[0\] must be finite, got nan"),
+        ("cheap", "objective must be Shortest"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            solve(batch, objective)
+    with pytest.raises(InvalidInputError, match="access must be 'fdma' or 'tdma', got 'cdma'"):
+        solve(batch, Shortest(), "cdma")
+    with pytest.raises(InvalidInputError, match=r"power_min_w\[0, 0\] must be 0 .* not a convex"):
+        solve(Batch(**GOOD, power_min_w=0.01), Shortest())
+
+
+@pytest.mark.parametrize("access", ["fdma", "tdma"])
+def test_infeasible_inside_a_batch(access):
+    batch = random_batch(np.random.default_rng(1), 20, 4, zeros=True)
+    shortest = solve(batch, Shortest(), access).round_s
+    factor = np.where(np.arange(20) % 3 == 0, 0.9, 1.5)
+    result = solve(batch, LeastEnergy(factor * shortest), access)
+    bad = factor < 1
+    assert (result.status[bad] == Status.INFEASIBLE).all()
+    assert (result.status[~bad] == Status.OPTIMAL).all()
+    np.testing.assert_allclose(result.shortest_round_s[bad], shortest[bad], rtol=1e-10)
+    assert np.isnan(result.bandwidth_hz[bad]).all()
+    assert np.isnan(result.energy_j[bad]).all()
+    assert (np.abs(result.gap[bad]) < 1e-8).all()
+    assert (result.binding_device[bad] >= 0).all()
+    assert (result.binding_device[~bad] == -1).all()
+    # less delay than the fixed one is infeasible too
+    tiny = solve(batch, LeastEnergy(0.005), access)
+    assert (tiny.status == Status.INFEASIBLE).all()
+
+
+def test_relieving_the_binding_device_shortens_the_round_most():
+    given = random_arguments(np.random.default_rng(2), 1, 5, floors=False)
+    base = solve(Batch(**given), Shortest()).round_s[0]
+    binding = solve(Batch(**given), LeastEnergy(0.9 * base)).binding_device[0]
+    relief = []
+    for k in range(5):
+        # one more microsecond for one device
+        work = given["work_cycles"].copy()
+        work[0, k] -= 1e-6 * base * given["frequency_max_hz"][0, k]
+        relief.append(base - solve(Batch(**{**given, "work_cycles": work}), Shortest()).round_s[0])
+    assert int(np.argmax(relief)) == binding
+
+
+def test_inputs_stay_as_they_were_and_batches_are_read_only():
+    given = random_arguments(np.random.default_rng(3), 5, 4, zeros=True)
+    before = {k: np.copy(v) for k, v in given.items()}
+    batch = Batch(**given)
+    round_s = np.full(5, 1e3)
+    for objective in (Shortest(), LeastEnergy(round_s), Weighted(1.0)):
+        for access in ("fdma", "tdma"):
+            solve(batch, objective, access)
+    for name, value in before.items():
+        np.testing.assert_array_equal(given[name], value)
+    assert (round_s == 1e3).all()
+    with pytest.raises(ValueError, match="read-only"):
+        batch.gain[0, 0] = 1.0
+    with pytest.raises(AttributeError):
+        batch.gain = 1.0
+
+
+def test_shapes_broadcast():
+    batch = Batch(**{**GOOD, "gain": [1e-10, 1e-11], "bandwidth_hz": [1e6, 2e6, 3e6]})
+    assert (batch.instances, batch.devices) == (3, 2)
+    result = solve(batch, Weighted(1.0))
+    assert result.power_w.shape == (3, 2)
+    assert result.energy_j.shape == (3,)
+    assert np.diff(result.energy_j + result.round_s).max() < 0
+    empty = Batch(**{**GOOD, "payload_bit": np.zeros((0, 2)), "gain": 1e-10})
+    assert solve(empty, Shortest()).round_s.shape == (0,)
+
+
+def test_adding_constants_only_shifts():
+    base = solve(Batch(**GOOD), LeastEnergy(5.0))
+    moved = solve(Batch(**GOOD, fixed_delay_s=1.0, fixed_energy_j=2.0), LeastEnergy(6.0))
+    np.testing.assert_allclose(moved.energy_j, base.energy_j + 4.0, rtol=1e-12)
+    np.testing.assert_allclose(moved.bandwidth_hz, base.bandwidth_hz, rtol=1e-9)

@@ -1,0 +1,145 @@
+"""Agreement with a published case, with cvxpy and with scipy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from allocation_cells import random_batch
+from pwff_solvers.allocation import Batch, LeastEnergy, Shortest, Status, Weighted, solve
+from pwff_solvers.allocation.oracle import solve_cvxpy
+from scipy.optimize import minimize
+
+FEDL = json.loads(
+    (Path(__file__).parents[2] / "oracles" / "fedl_5_devices.json").read_text(encoding="utf-8")
+)
+
+
+def fedl_batch():
+    """Nats to bit, noise over gain to gain, alpha/2 to kappa."""
+    noise_w = 1e-10
+    return Batch(
+        payload_bit=FEDL["S"] / np.log(2),
+        work_cycles=np.array(FEDL["C"]) * np.array(FEDL["D"]),
+        gain=noise_w / np.array(FEDL["r"]),
+        power_max_w=FEDL["p_max"],
+        power_min_w=FEDL["p_min"],
+        frequency_min_hz=FEDL["f_min_ghz"] * 1e9,
+        frequency_max_hz=np.array(FEDL["f_max_ghz"]) * 1e9,
+        kappa=FEDL["alpha"] / 2,
+        bandwidth_hz=FEDL["B"],
+        noise_psd_w_per_hz=noise_w / FEDL["B"],
+    )
+
+
+@pytest.mark.parametrize("case", FEDL["optimum"], ids=lambda c: str(c["kappa"]))
+def test_fedl_published_optimum(case):
+    batch = fedl_batch()
+    result = solve(batch, Weighted(case["kappa"]), access="tdma")
+    assert result.status[0] == Status.OPTIMAL
+    send = (result.power_w * result.upload_s).sum()
+    compute = (batch.kappa * batch.work_cycles * result.frequency_hz**2).sum()
+    assert result.compute_s.max() == pytest.approx(case["T_cmp"], abs=1e-6)
+    assert compute == pytest.approx(case["E_cmp"], abs=1e-6)
+    assert result.upload_s.sum() == pytest.approx(case["T_com"], abs=1e-6)
+    assert send == pytest.approx(case["E_com"], abs=1e-6)
+
+
+def test_fedl_published_decision():
+    result = solve(fedl_batch(), Weighted(0.1), access="tdma")
+    published = FEDL["at_kappa_0.1"]
+    np.testing.assert_allclose(result.frequency_hz[0] / 1e9, published["f_ghz"], atol=5.1e-5)
+    np.testing.assert_allclose(result.power_w[0], published["p_w"], atol=5.1e-5)
+
+
+def test_least_energy_against_cvxpy_at_our_frequencies():
+    batch = random_batch(np.random.default_rng(0), 12, 5)
+    shortest = solve(batch, Shortest()).round_s
+    ours = solve(batch, LeastEnergy(2 * shortest))
+    theirs = solve_cvxpy(batch, LeastEnergy(2 * shortest), frequency_hz=ours.frequency_hz)
+    np.testing.assert_allclose(ours.energy_j, theirs.energy_j, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["least", "weighted", "shortest"])
+def test_joint_problem_against_cvxpy(name):
+    batch = random_batch(np.random.default_rng(1), 3, 3, decades=2.0)
+    shortest = solve(batch, Shortest())
+    objective = {
+        "least": LeastEnergy(1.7 * shortest.round_s),
+        "weighted": Weighted(0.3),
+        "shortest": Shortest(),
+    }[name]
+    ours = solve(batch, objective)
+    theirs = solve_cvxpy(batch, objective)
+    if name != "shortest":
+        price = 0.3 if name == "weighted" else 0.0
+        np.testing.assert_allclose(
+            ours.energy_j + price * ours.round_s,
+            theirs.energy_j + price * theirs.round_s,
+            rtol=1e-6,
+        )
+    np.testing.assert_allclose(
+        ours.round_s, theirs.round_s, rtol=1e-6 if price_free(name) else 1e-3
+    )
+
+
+def price_free(name):
+    return name != "weighted"  # T is only as sharp as the square root of the objective
+
+
+@pytest.mark.parametrize("name", ["least", "weighted", "shortest"])
+def test_tdma_against_cvxpy(name):
+    batch = random_batch(np.random.default_rng(2), 4, 4, decades=2.0, zeros=True)
+    shortest = solve(batch, Shortest(), "tdma")
+    objective = {
+        "least": LeastEnergy(1.7 * shortest.round_s),
+        "weighted": Weighted(0.3),
+        "shortest": Shortest(),
+    }[name]
+    ours, theirs = solve(batch, objective, "tdma"), solve_cvxpy(batch, objective, "tdma")
+    price = 0.3 if name == "weighted" else 0.0
+    if name == "shortest":
+        np.testing.assert_allclose(ours.round_s, theirs.round_s, rtol=1e-6)
+    else:
+        np.testing.assert_allclose(
+            ours.energy_j + price * ours.round_s,
+            theirs.energy_j + price * theirs.round_s,
+            rtol=2e-6,
+        )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_least_energy_against_slsqp(seed):
+    """Natural variables b and t, straight from the definition of the problem."""
+    batch = random_batch(np.random.default_rng(20 + seed), 1, 3, decades=1.0, floors=False)
+    shortest = solve(batch, Shortest()).round_s
+    ours = solve(batch, LeastEnergy(2 * shortest))
+    a, g = batch.payload_bit[0] * np.log(2), batch.gain[0] / batch.noise_psd_w_per_hz[0]
+    band, time = batch.bandwidth_hz[0], 2 * shortest[0] - batch.fixed_delay_s[0]
+    work, kappa, devices = batch.work_cycles[0], batch.kappa[0], batch.devices
+
+    def energy(x):
+        b, t = x[:devices] * band, x[devices:] * time
+        send = b * t * np.expm1(a / (b * t)) / g
+        return (send + kappa * work**3 / (time - t) ** 2).sum() / ours.energy_j[0]
+
+    def room(x):
+        b, t = x[:devices] * band, x[devices:] * time
+        power = b * np.expm1(a / (b * t)) / g / batch.power_max_w[0]
+        speed = work / (time - t) / batch.frequency_max_hz[0]
+        return np.concatenate([1 - power, 1 - speed, [1 - x[:devices].sum()]])
+
+    edge = solve(batch, LeastEnergy(1.3 * shortest))
+    start = np.concatenate([edge.bandwidth_hz[0] / band, edge.upload_s[0] / time])
+    found = minimize(
+        energy,
+        start,
+        method="SLSQP",
+        bounds=[(1e-6, 1 - 1e-9)] * (2 * devices),
+        constraints={"type": "ineq", "fun": room},
+        options={"ftol": 1e-14, "maxiter": 1000},
+    )
+    fixed = batch.fixed_energy_j.sum() / ours.energy_j[0]
+    assert found.fun + fixed == pytest.approx(1.0, abs=2e-6)
