@@ -71,6 +71,8 @@ class Model:
     """The frozen language model: "minilm", a local folder, or a hub name."""
 
     source: str = "minilm"
+    pooling: Literal["model", "mean"] = "model"
+    """What the head sees: the model's own way (BERT's first token, Llama's last), or the mean."""
     max_tokens: Annotated[int, Gt(1)] = 48
 
 

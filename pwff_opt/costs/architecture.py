@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pwff_opt.errors import ModelError
 
 Family = Literal["bert", "llama"]
+Pooling = Literal["model", "mean"]
 
 _FAMILIES: Mapping[str, Family] = {
     "bert": "bert",
@@ -50,6 +51,9 @@ class Architecture:
         Whether the query, key and value, the attention output, and the MLP projections have biases.
     classes
         Outputs of the classification head, which is trained and not part of the frozen model.
+    pooling
+        What the head sees. ``"model"``: BERT's pooler of the first token, Llama's last token.
+        ``"mean"``: the mean of the tokens, in the place of BERT's pooler.
 
     Raises
     ------
@@ -72,10 +76,17 @@ class Architecture:
     output_bias: bool = False
     mlp_bias: bool = False
     classes: int = 2
+    pooling: Pooling = "model"
 
     def __post_init__(self) -> None:
         if self.family not in ("bert", "llama"):
             raise ModelError(f"family must be 'bert' or 'llama', got {self.family!r}")
+        if self.pooling not in ("model", "mean"):
+            raise ModelError(f"pooling must be 'model' or 'mean', got {self.pooling!r}")
+        if self.pooling == "mean" and self.family != "bert":
+            raise ModelError(
+                f"pooling 'mean' needs a model of the bert family, got {self.family!r}"
+            )
         for name in _POSITIVE:
             _integer(name, getattr(self, name), least=1)
         for name in ("positions", "token_types"):
@@ -92,7 +103,9 @@ class Architecture:
             )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], *, classes: int) -> Architecture:
+    def from_config(
+        cls, config: Mapping[str, Any], *, classes: int, pooling: Pooling = "model"
+    ) -> Architecture:
         """Read the sizes from the contents of a Hugging Face ``config.json``.
 
         Parameters
@@ -101,6 +114,8 @@ class Architecture:
             The JSON object; ``model_type`` is one of bert, llama, mistral, qwen2.
         classes
             Outputs of the classification head; configurations of base models do not say it.
+        pooling
+            "model" or "mean", as the field.
 
         Raises
         ------
@@ -148,6 +163,7 @@ class Architecture:
             output_bias=bias[1],
             mlp_bias=bias[2],
             classes=classes,
+            pooling=pooling,
         )
 
     @property
@@ -170,14 +186,15 @@ class Architecture:
             \text{Llama: } Vh + L\,[\,2ha + 2hk + 3hi + 2h + \text{biases}\,] + h
 
         ``V``: vocabulary; ``P``: positions; ``Y``: token types; the last :math:`h^2 + h` is BERT's
-        pooler, the last :math:`h` Llama's final norm. Equal to the count of the real model.
+        pooler (none with mean pooling), the last :math:`h` Llama's final norm. Equal to the count
+        of the real model.
         """
         h, a, k, i = self.hidden, self.query_width, self.key_value_width, self.intermediate
         attention = 2 * h * (a + k) + self.qkv_bias * (a + 2 * k) + self.output_bias * h
         if self.family == "bert":
             mlp = 2 * h * i + self.mlp_bias * (i + h)
             embeddings = (self.vocabulary + self.positions + self.token_types) * h + 2 * h
-            pooler = h * h + h
+            pooler = h * h + h if self.pooling == "model" else 0
             return embeddings + self.layers * (attention + mlp + 4 * h) + pooler
         mlp = 3 * h * i + self.mlp_bias * (2 * i + h)
         return self.vocabulary * h + self.layers * (attention + mlp + 2 * h) + h

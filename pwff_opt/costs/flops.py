@@ -193,7 +193,11 @@ class _Work:
         self.attention_product: Any = 2 * squared * a
         self.adapter: Any = 2 * half_adapter
         self.lora: Any = 2 * tokens * rank * 2 * h + lora_b
-        self.pooler: Any = 2 * sequences * h * h if bert else 0
+        self.pooler: Any = 0
+        if architecture.pooling == "mean":
+            self.pooler = 2 * tokens * h  # a product of weights [1, token] and [token, hidden]
+        elif bert:
+            self.pooler = 2 * sequences * h * h
         self.head: Any = 2 * (sequences if bert else tokens) * h * architecture.classes
         self.has_lora: Any = rank > 0
         self.lowest_layer: Any = half_adapter + mlp + output + lora_b + 3 * self.attention_product

@@ -174,8 +174,12 @@ def _head_forward(
 ) -> None:
     if architecture.family == "bert":
         pooled = BYTE * sequences * architecture.hidden
-        ledger.take(pooled, pooled)  # pooler; its tanh, kept for the gradients of tanh and head
-        ledger.give(pooled)
+        if architecture.pooling == "mean":
+            ledger.take(s.token)  # weights of the mean
+        # Pooler or mean; its tanh or norm, kept for the gradients of that and of the head.
+        ledger.take(pooled, pooled)
+        if architecture.pooling == "model" or not trains:
+            ledger.give(pooled)
         ledger.give(s.hidden)  # last hidden state
         ledger.take(BYTE * sequences * architecture.classes)
     else:
@@ -192,13 +196,18 @@ def _head_backward(
         pooled = BYTE * sequences * architecture.hidden
         ledger.take(parameters)
         if trains:
-            ledger.take(pooled, pooled)  # gradient of the pooler's output, through the tanh
+            ledger.take(pooled, pooled)  # gradient of the pooled output, through tanh or norm
             ledger.give(pooled)
-        ledger.give(pooled)  # tanh
+            if architecture.pooling == "mean":
+                ledger.give(pooled)  # input of the norm
+        ledger.give(pooled)  # tanh or norm
         if trains:
-            ledger.swap(pooled)  # through the pooler
-            ledger.take(s.hidden)  # zeros but for the first token
+            if architecture.pooling == "model":
+                ledger.swap(pooled)  # through the pooler
+            ledger.take(s.hidden)  # zeros but for the first token, or a share for each
             ledger.give(pooled)
+        if architecture.pooling == "mean":
+            ledger.give(s.token)
         return
     logits = s.token * architecture.classes
     ledger.take(logits, parameters)

@@ -77,7 +77,9 @@ class CostModel:
             )
         source = model_source(scenario.model.source, folder=scenario.folder)
         self.scenario, self.workload = scenario, workload
-        self.architecture = Architecture.from_config(model_config(source), classes=workload.classes)
+        self.architecture = Architecture.from_config(
+            model_config(source), classes=workload.classes, pooling=scenario.model.pooling
+        )
         self.blocks = Blocks(
             adapter_width=scenario.peft.adapter_width,
             bits_per_parameter=UPLOAD_BITS[scenario.peft.upload_dtype],

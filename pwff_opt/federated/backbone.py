@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from pwff_opt.errors import ModelError
-from pwff_opt.federated.adapters import attach_adapters, transformer_layers
+from pwff_opt.federated.adapters import attach_adapters, pool_by_mean, transformer_layers
 from pwff_opt.federated.blocks import Tensors
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Backbone:
     ranks : every LoRA rank that can occur; 0 stands for none.
     adapter_width : width of the bottleneck adapters.
     lora_scale : alpha / r, the same for every rank.
+    pooling : "model" or "mean", what the head sees.
     """
 
     def __init__(
@@ -46,8 +47,12 @@ class Backbone:
         ranks: Iterable[int],
         adapter_width: int,
         lora_scale: float,
+        pooling: str,
     ) -> None:
         model = load_classifier(source, classes=classes)
+        self.pooling = pooling
+        if pooling == "mean":
+            pool_by_mean(model)
         self.source, self.family, self.classes = source, family, classes
         self.adapter_width, self.lora_scale = adapter_width, lora_scale
         self.ranks = tuple(sorted({rank for rank in ranks if rank > 0}))
@@ -70,6 +75,23 @@ class Backbone:
         self._head: nn.Module = getattr(model, HEADS[family])
         self._slots: dict[str, nn.Parameter] = {}
         self._resumed: _Resumed | None = None
+
+    def twin(self) -> Backbone:
+        """Return another backbone with slots of its own; the frozen weights are shared."""
+        other = Backbone(
+            self.source,
+            family=self.family,
+            classes=self.classes,
+            ranks=self.ranks,
+            adapter_width=self.adapter_width,
+            lora_scale=self.lora_scale,
+            pooling=self.pooling,
+        )
+        own = dict(self.model.named_parameters())
+        for name, parameter in other.model.named_parameters():
+            if not (".lora_" in name or ".adapter." in name or name.startswith(HEADS[self.family])):
+                parameter.data = own[name].data
+        return other
 
     @property
     def layer_count(self) -> int:

@@ -23,6 +23,7 @@ from pwff_opt.federated.export import save_device_model
 from pwff_opt.federated.partition import Shard, partition
 from pwff_opt.federated.tokens import Inputs, tokenise
 from pwff_opt.federated.trainer import Trainer
+from pwff_opt.federated.workers import Workers, cores
 from pwff_opt.models import model_config, model_source
 from pwff_opt.scenario import Scenario
 
@@ -52,6 +53,9 @@ class FederatedEvaluator:
     checkpoints : folder for the checkpoints.
     tick : callable
         Called after each device's local steps with the number of them done in this session.
+    workers : int
+        Devices trained side by side; as many as there are cores if not given. It changes speed and
+        memory, never results.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class FederatedEvaluator:
         checkpoints: str | Path,
         *,
         tick: Callable[[int], None] = lambda _: None,
+        workers: int | None = None,
     ) -> None:
         self.scenario = scenario
         self._folder = Path(checkpoints)
@@ -79,7 +84,9 @@ class FederatedEvaluator:
         self.source = model_source(scenario.model.source, folder=scenario.folder)
         self.class_names = corpus.class_names
         architecture = Architecture.from_config(
-            model_config(self.source), classes=len(corpus.class_names)
+            model_config(self.source),
+            classes=len(corpus.class_names),
+            pooling=scenario.model.pooling,
         )
         tokenizer = AutoTokenizer.from_pretrained(self.source)
         texts = [corpus.texts[index] for index in used]
@@ -97,7 +104,9 @@ class FederatedEvaluator:
             ranks=scenario.decisions.ranks,
             adapter_width=scenario.peft.adapter_width,
             lora_scale=scenario.peft.lora_scale,
+            pooling=scenario.model.pooling,
         )
+        self._worker_count = min(workers or cores(), devices)
         self.labels = labels
         self.summary = _summary(corpus.class_names, corpus.domain_names, labels, self.shards)
         self._trainer: Trainer | None = None
@@ -110,11 +119,12 @@ class FederatedEvaluator:
     def trainer(self) -> Trainer:
         """The trainer; the base model's outputs are computed when it is first needed."""
         if self._trainer is None:
+            workers = Workers(self.backbone, self._worker_count)
             inputs = Inputs(
-                self.tokens, self.backbone, budget_byte=self.scenario.training.feature_cache_byte
+                self.tokens, workers, budget_byte=self.scenario.training.feature_cache_byte
             )
             self._trainer = Trainer(
-                self.backbone,
+                workers,
                 inputs,
                 self.labels,
                 self.shards,
@@ -157,6 +167,7 @@ class FederatedEvaluator:
             states[device],
             source=self.source,
             family=self.backbone.family,
+            pooling=self.backbone.pooling,
             class_names=self.class_names,
             lora_scale=self.scenario.peft.lora_scale,
         )

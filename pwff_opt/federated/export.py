@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pwff_opt.errors import ModelError
-from pwff_opt.federated.adapters import attach_adapters
+from pwff_opt.federated.adapters import attach_adapters, pool_by_mean
 from pwff_opt.federated.backbone import HEADS, load_classifier, lora_config
 from pwff_opt.federated.blocks import Tensors
 
@@ -28,6 +28,7 @@ def save_device_model(
     *,
     source: str,
     family: str,
+    pooling: str,
     class_names: Sequence[str],
     lora_scale: float,
 ) -> None:
@@ -75,7 +76,14 @@ def save_device_model(
     layers = sorted({int(name.split(".")[1]) for name in adapters})
     width = adapters[f"adapter.{layers[0]}.down.weight"].shape[0] if layers else 0
     text = json.dumps(
-        {"model": source, "classes": list(class_names), "layers": layers, "width": width}, indent=2
+        {
+            "model": source,
+            "classes": list(class_names),
+            "pooling": pooling,
+            "layers": layers,
+            "width": width,
+        },
+        indent=2,
     )
     (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
 
@@ -94,8 +102,10 @@ def load_device_model(folder: Path) -> PeftModel:
 
 
 def load_adapters(model: nn.Module, folder: Path) -> None:
-    """Attach the bottleneck adapters saved in ``folder`` to a model's transformer layers."""
+    """Attach the bottleneck adapters saved in ``folder`` to a model, and pool as it was trained."""
     info = _adapter_info(folder)
+    if info["pooling"] == "mean":
+        pool_by_mean(model)
     layers = set(info["layers"])
     for layer, adapter in enumerate(attach_adapters(model, max(1, int(info["width"])))):
         adapter.enabled = layer in layers

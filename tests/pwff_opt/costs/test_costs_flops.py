@@ -42,7 +42,10 @@ def assert_exact(case, step, *, width, rank, states, present):
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize(
-    ("name", "lowest"), [("minilm", n) for n in range(7)] + [("llama", n) for n in range(5)]
+    ("name", "lowest"),
+    [("minilm", n) for n in range(7)]
+    + [("minilm_mean", n) for n in (0, 3, 6)]
+    + [("llama", n) for n in range(5)],
 )
 def test_every_lowest_layer_and_rank_is_exact(subject, make_step, draw_states, name, lowest, rank):
     case = subject(name)

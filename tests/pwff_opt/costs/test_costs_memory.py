@@ -34,7 +34,10 @@ def assert_close(case, step, *, width, rank, states, present, shapes, padding=0)
 
 @pytest.mark.parametrize("rank", [0, 4, 16])
 @pytest.mark.parametrize(
-    ("name", "lowest"), [("minilm", n) for n in range(7)] + [("llama", n) for n in range(5)]
+    ("name", "lowest"),
+    [("minilm", n) for n in range(7)]
+    + [("minilm_mean", n) for n in (0, 3, 6)]
+    + [("llama", n) for n in range(5)],
 )
 def test_every_lowest_layer_and_rank(subject, make_step, draw_states, name, lowest, rank):
     case = subject(name)
@@ -58,7 +61,7 @@ def test_other_shapes_of_the_family(subject, make_step, draw_states, name, lowes
     assert_close(case, step, shapes=((2, 8), (3, 40), (1, 40)), **options)
 
 
-@pytest.mark.parametrize("name", ["minilm", "llama"])
+@pytest.mark.parametrize("name", ["minilm", "minilm_mean", "llama"])
 @pytest.mark.parametrize("lowest", [0, 2, 4])
 def test_long_and_padded_batches(subject, make_step, draw_states, name, lowest):
     case = subject(name)
