@@ -22,6 +22,8 @@ from pwff_opt.records import Journal, RunFolder
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario_io import built_in_names, parse_scenario, read_scenario, scenario_text
 
+PIPE_WIDTH = 140
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -32,7 +34,10 @@ scenario_app = typer.Typer(no_args_is_help=True, help="Write and check scenario 
 data_app = typer.Typer(no_args_is_help=True, help="Bring the data that scenarios use.")
 app.add_typer(scenario_app, name="scenario")
 app.add_typer(data_app, name="data")
-console = Console(highlight=False, soft_wrap=True)
+# Into a file or a pipe, lines stay whole; a terminal's width is its own.
+console = Console(
+    highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH
+)
 
 ScenarioArgument = Annotated[
     str, typer.Argument(help=f"a scenario file, or a built-in one: {', '.join(built_in_names())}")

@@ -150,9 +150,15 @@ class Schedule:
 class Codec:
     """Between schedules and genomes, the integer arrays that the search varies.
 
-    A genome holds, phase after phase, one gene a rank (one, or one a device), an index into
-    ``space.ranks``, then one gene a layer, an index into ``space.layer_states``. Phases are
-    stretches of rounds as equal as can be, longer ones first.
+    A genome holds, phase after phase:
+
+    - one gene a rank (one, or one a device), an index into ``space.ranks``;
+    - the depth: layers below the last ``depth`` ones are frozen. What a schedule costs goes with it
+      before all, so it is one ordered gene: a mutation is a small step in cost, and random genomes
+      are spread evenly over cheap and dear ones. Without "frozen" in the space it has one value;
+    - one gene a layer, an index into ``space.layer_states``, idle below the depth.
+
+    Phases are stretches of rounds as equal as can be, longer ones first.
     """
 
     space: Decisions
@@ -163,6 +169,10 @@ class Codec:
     @property
     def _rank_genes(self) -> int:
         return 1 if self.space.rank_scope == "common" else self.devices
+
+    @property
+    def _freezes(self) -> bool:
+        return LayerState.FROZEN in self._states
 
     def _rank_index(self, rank: int) -> int:
         # Rank 0 stands in a canonical schedule where any rank would do.
@@ -176,13 +186,14 @@ class Codec:
     def cardinalities(self) -> NDArray[np.int64]:
         """Number of values of every gene."""
         phase = [len(self.space.ranks)] * self._rank_genes
+        phase += [self.layers + 1 if self._freezes else 1]
         phase += [len(self.space.layer_states)] * self.layers
         return np.array(phase * self.space.phases)
 
     @property
     def ordinal(self) -> NDArray[np.bool_]:
-        """Whether a gene's values have an order (ranks), so that a step is a smaller change."""
-        phase = [True] * self._rank_genes + [False] * self.layers
+        """Whether a gene's values have an order (ranks, depth): a step is a smaller change."""
+        phase = [True] * (self._rank_genes + 1) + [False] * self.layers
         return np.array(phase * self.space.phases)
 
     @property
@@ -204,7 +215,10 @@ class Codec:
             ranks = tuple(self.space.ranks[gene] for gene in part[: self._rank_genes])
             if self._rank_genes == 1:
                 ranks *= self.devices
-            states = tuple(self._states[gene] for gene in part[self._rank_genes :])
+            depth = int(part[self._rank_genes]) if self._freezes else self.layers
+            states = (LayerState.FROZEN,) * (self.layers - depth) + tuple(
+                self._states[gene] for gene in part[-depth:] if depth
+            )
             rounds += [RoundDecision(ranks=ranks, states=states)] * length
         return Schedule(rounds=tuple(rounds)).canonical()
 
@@ -218,6 +232,11 @@ class Codec:
             decision = schedule.rounds[start]
             try:
                 genome += [self._rank_index(rank) for rank in decision.ranks[: self._rank_genes]]
+                if self._freezes:
+                    frozen = decision.trained.index(True) if any(decision.trained) else self.layers
+                    genome += [self.layers - frozen]
+                else:
+                    genome += [0]
                 genome += [self._states.index(state) for state in decision.states]
             except ValueError as error:
                 raise DecisionError(f"{decision} is outside the decision space: {error}") from None

@@ -236,22 +236,21 @@ class Planner:
             (max(1, layers // 2), LayerState.AGGREGATED, bottom),
             (layers, LayerState.PERSONAL, top),
         ]
-        genomes: list[NDArray[np.int64]] = []
+        genomes: dict[str, NDArray[np.int64]] = {}  # by schedule: none twice
         for depth, state, rank in plain:
             states = (LayerState.FROZEN,) * (layers - depth) + (state,) * depth
             if set(states) <= allowed:
                 decision = RoundDecision(ranks=(rank,) * codec.devices, states=states)
-                genomes.append(codec.encode(Schedule(rounds=(decision,) * codec.rounds)))
+                schedule = Schedule(rounds=(decision,) * codec.rounds)
+                genomes.setdefault(str(self.repaired(schedule)), codec.encode(schedule))
         rng = stream(self.scenario.seeds.search, "first-generation")
-        frozen = space.layer_states.index("frozen") if "frozen" in space.layer_states else None
-        genes = len(codec.cardinalities) // space.phases - layers  # rank genes of a phase
-        while len(genomes) < self.scenario.search.population:
+        population = self.scenario.search.population
+        for _ in range(100 * population):  # a space may hold fewer schedules than that
+            if len(genomes) >= population:
+                break
             genome = rng.integers(0, codec.cardinalities)
-            if frozen is not None:
-                for phase in np.split(genome, space.phases):  # views: written in place
-                    phase[genes : genes + int(rng.integers(0, layers + 1))] = frozen
-            genomes.append(genome)
-        return np.array(genomes[: max(2, self.scenario.search.population)])
+            genomes.setdefault(str(self.repaired(codec.decode(genome))), genome)
+        return np.array(list(genomes.values())[:population])
 
     def _problem(self, schedule: Schedule) -> Batch:
         if len(schedule) > len(self.gain):

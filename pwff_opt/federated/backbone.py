@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -59,7 +60,9 @@ class Backbone:
         self._adapters = attach_adapters(model, adapter_width)
         for rank in self.ranks:
             # One slot a rank. peft's own layers do the arithmetic, so an exported device is exact.
-            inject_adapter_in_model(lora_config(family, rank, lora_scale), model, _slot(rank))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(lora_config(family, rank, lora_scale), model, _slot(rank))
         self.model = model.eval()  # no dropout: below the blocks, the output is a constant
         self.model.requires_grad_(False)
         self._owner, self._attribute = transformer_layers(model)

@@ -59,8 +59,8 @@ def test_layers_stay_present_once_trained(codec: Codec, seed: int) -> None:
 
 def test_rank_means_nothing_where_no_layer_has_blocks() -> None:
     codec = Codec(space=Decisions(ranks=(2, 4)), devices=2, layers=2, rounds=1)
-    frozen = codec.decode(np.array([1, 0, 0]))
-    assert frozen == codec.decode(np.array([0, 0, 0]))
+    frozen = codec.decode(np.array([1, 2, 0, 0]))
+    assert frozen == codec.decode(np.array([0, 0, 2, 1]))
     assert str(frozen) == "1x0:ff"
     assert codec.decode(codec.encode(frozen)) == frozen
 
@@ -73,13 +73,24 @@ def test_bad_texts_are_refused(text: str) -> None:
         Schedule.parse(text, devices=2)
 
 
+def test_layers_below_the_depth_are_frozen() -> None:
+    codec = Codec(space=Decisions(), devices=1, layers=4, rounds=1)
+    assert str(codec.decode(np.array([1, 2, 1, 2, 1, 2]))) == "1x2:ffpa"
+    assert codec.encode(Schedule.parse("1x2:fafp", devices=1)).tolist() == [1, 3, 0, 2, 0, 1]
+    always = Codec(
+        space=Decisions(layer_states=("personal", "aggregated")), devices=1, layers=2, rounds=1
+    )
+    assert always.cardinalities.tolist() == [4, 1, 2, 2]
+    assert str(always.decode(np.array([0, 0, 1, 0]))) == "1x0:ap"
+
+
 def test_bad_values_are_refused() -> None:
     with pytest.raises(DecisionError, match=r"ranks\[1\] must be a whole number >= 0, got -1"):
         RoundDecision(ranks=(1, -1), states=(LayerState.FROZEN,))
     codec = Codec(space=Decisions(), devices=1, layers=2, rounds=2)
     with pytest.raises(DecisionError, match=r"genome\[0\] must be in 0..3, got 4"):
-        codec.decode(np.array([4, 0, 0]))
-    with pytest.raises(DecisionError, match="3 genes"):
+        codec.decode(np.array([4, 0, 0, 0]))
+    with pytest.raises(DecisionError, match="4 genes"):
         codec.decode(np.array([0, 0]))
     with pytest.raises(DecisionError, match="outside the decision space"):
         codec.encode(Schedule.parse("2x3:aa", devices=1))

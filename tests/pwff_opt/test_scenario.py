@@ -131,7 +131,7 @@ def test_draws_of_a_device_do_not_depend_on_the_others() -> None:
     many = few.replace("count = 3", "count = 400")
     assert parse_scenario(many).devices[:3] == parse_scenario(few).devices
     distances = [device.distance_m for device in parse_scenario(many).devices]
-    assert 50 <= min(distances)
+    assert min(distances) >= 50
     assert max(distances) <= 400
     # Even over the area: the mean square is the middle of the squared range.
     mean_square = sum(d**2 for d in distances) / len(distances)

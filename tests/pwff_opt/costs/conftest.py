@@ -151,7 +151,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def subject() -> Callable[[str], Subject]:
-    """Return a function from a name, ``minilm``, ``minilm_mean`` or a key of ``LLAMAS``, to the model, made once."""
+    """Return a function from a name to the model, made once.
+
+    Names are ``minilm``, ``minilm_mean`` and the keys of ``LLAMAS``.
+    """
     made: dict[str, Subject] = {}
 
     def get(name: str) -> Subject:
