@@ -13,6 +13,9 @@ from pwff_opt.decision import Schedule
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario_io import resolved
 
+# Raised whenever the trainer would learn something else from the same scenario and schedule.
+TRAINER_VERSION = 1
+
 logger = logging.getLogger(__name__)
 
 
@@ -64,6 +67,7 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
     for irrelevant in ("rounds", "feature_cache_byte"):
         del training[irrelevant]
     relevant: dict[str, Any] = {
+        "trainer": TRAINER_VERSION,
         "model": everything["model"],
         "data": everything["data"],
         "folder": everything["folder"] if scenario.data.source == "file" else "",

@@ -1,0 +1,213 @@
+"""Run folders and the command line: atomic, resumable, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pwff_opt.errors import RunError
+from pwff_opt.records import RunFolder, write_atomically
+from pwff_opt.scenario_io import parse_scenario
+
+COMMAND = [sys.executable, "-c", "from pwff_opt.cli import main; main()"]
+TRAININGS = 5
+
+
+def pwff_opt(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def scenario_file(small_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scenario") / "small.toml"
+    path.write_text(small_text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(scenario_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("run") / "whole"
+    done = pwff_opt("front", scenario_file, "--out", out, "--trainings", TRAININGS)
+    return out, done.stdout
+
+
+def test_a_run_leaves_everything_behind(finished: tuple[Path, str], scenario_file: Path) -> None:
+    out, printed = finished
+    assert (out / "scenario.toml").read_text() == scenario_file.read_text()
+    info = json.loads((out / "run.json").read_text())
+    assert info["status"] == "done"
+    assert info["versions"]["torch"] == "2.13.0+cpu" or info["versions"]["torch"].startswith("2.13")
+    assert info["started"] <= info["ended"]
+    front = pd.read_csv(out / "front.csv")
+    wanted = {"energy_j", "delay_s", "accuracy", "accuracy_worst_device", "price_of_time_w"}
+    assert wanted <= set(front)
+    evaluations = pd.read_parquet(out / "evaluations.parquet")
+    assert len(evaluations) == TRAININGS
+    assert set(front["evaluation"]) <= set(evaluations["key"])
+    assert (evaluations["status"] == "done").all()
+    rounds = pd.read_parquet(out / "rounds.parquet")
+    assert len(rounds) == TRAININGS * 3 * 3
+    assert len(list((out / "checkpoints").glob("*.safetensors"))) == TRAININGS * 3
+    for name in ("front.pdf", "front.png"):
+        assert (out / "figures" / name).stat().st_size > 10_000
+        assert name in printed
+    assert "knee" in printed
+    assert str(out / "front.csv") in printed
+    assert not list(out.rglob(".*.tmp*"))
+
+
+def test_show_and_a_second_run_are_quick_and_change_nothing(
+    finished: tuple[Path, str], scenario_file: Path
+) -> None:
+    out, printed = finished
+    before = (out / "front.csv").read_bytes()
+    assert pwff_opt("show", out).stdout in printed
+    again = pwff_opt("front", scenario_file, "--out", out, "--trainings", TRAININGS).stdout
+    assert f"(0 now, {TRAININGS} from the journal)" in again
+    assert (out / "front.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("kills", [1, 3])
+def test_killed_at_any_moment_it_ends_at_the_same_front(
+    finished: tuple[Path, str], scenario_file: Path, tmp_path: Path, kills: int
+) -> None:
+    """Kill -9 when so many checkpoints are there, then let it end: same bytes, nothing trained twice."""
+    out = tmp_path / "killed"
+    command = ["front", str(scenario_file), "--out", str(out), "--trainings", str(TRAININGS)]
+    written: Counter[str] = Counter()
+    for kill in range(kills):
+        process = subprocess.Popen(
+            [*COMMAND, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        goal = (kill + 1) * TRAININGS * 3 // (kills + 1)
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("checkpoints/*.safetensors"))) < goal:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("checkpoints/*.safetensors")}
+    pwff_opt(*command)
+    assert (out / "front.csv").read_bytes() == (finished[0] / "front.csv").read_bytes()
+    for path, time_ns in kept.items():  # a round that has a checkpoint is never trained again
+        assert path.stat().st_mtime_ns == time_ns
+    columns = ["key", "schedule", "rounds"]
+    one = pd.read_parquet(out / "evaluations.parquet")[columns]
+    other = pd.read_parquet(finished[0] / "evaluations.parquet")[columns]
+    assert one.equals(other)
+    assert not one["key"].duplicated().any()
+    rounds = pd.read_parquet(out / "rounds.parquet")
+    assert rounds.equals(pd.read_parquet(finished[0] / "rounds.parquet"))
+    del written
+
+
+def test_interrupting_is_noted(scenario_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        [*COMMAND, "front", str(scenario_file), "--out", str(out), "--trainings", "50"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not list(out.glob("checkpoints/*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in printed
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_saved_model_command(finished: tuple[Path, str], tmp_path: Path) -> None:
+    done = pwff_opt("save-model", finished[0], "--device", 1, "--out", tmp_path / "model")
+    assert "load it with" in done.stdout
+    assert (tmp_path / "model" / "adapter_config.json").is_file()
+
+
+def refused(*arguments: object) -> str:
+    done = pwff_opt(*arguments, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_mistakes_get_one_clear_error(
+    finished: tuple[Path, str], scenario_file: Path, tmp_path: Path
+) -> None:
+    out = finished[0]
+    other = tmp_path / "other.toml"
+    other.write_text(scenario_file.read_text().replace("local_steps = 2", "local_steps = 3"))
+    message = refused("front", other, "--out", out)
+    assert "another scenario" in message
+    assert "training.local_steps: 2 there, 3 now" in message
+    assert "is not a run folder" in refused("show", tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    assert "is not a run folder" in refused("front", scenario_file, "--out", tmp_path / "mine")
+    assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+    assert "built-in scenarios (hutto)" in refused("scenario", "check", tmp_path / "none.toml")
+    other.write_text("[cell]\nbandwidth_hz = -1\n")
+    assert "cell.bandwidth_hz must be greater than 0, got -1" in refused("scenario", "check", other)
+    assert "device must be in 0..2, got 7" in refused(
+        "save-model", out, "--device", 7, "--out", tmp_path / "m"
+    )
+    assert "must read like" in refused(
+        "save-model", out, "--device", 0, "--out", tmp_path / "m", "--schedule", "what"
+    )
+
+
+def test_scenario_init_writes_a_good_file_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    pwff_opt("scenario", "init", path)
+    assert "is good: 6 devices" in pwff_opt("scenario", "check", path).stdout
+    assert "exists already" in refused("scenario", "init", path)
+
+
+def test_two_processes_never_share_a_folder(tmp_path: Path, small_text: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    with folder.lock(), pytest.raises(RunError, match="in use by another process"):
+        with RunFolder(folder.path).lock():
+            pass
+    folder.open(parse_scenario(small_text), small_text)
+    with folder.lock():
+        pass
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def broken(target: Path) -> None:
+        target.write_text("ha")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, broken)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_files_are_named(tmp_path: Path, small_text: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.open(parse_scenario(small_text), small_text)
+    (folder.path / "resolved.json").write_text("{")
+    with pytest.raises(RunError, match=r"resolved\.json is damaged"):
+        folder.scenario()
+    (folder.path / "evaluations.parquet").write_bytes(b"x")
+    with pytest.raises(RunError, match=r"evaluations\.parquet is damaged"):
+        folder.table("evaluations.parquet")

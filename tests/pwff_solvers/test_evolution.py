@@ -1,0 +1,140 @@
+"""The set search against enumeration, and its manners."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from pwff_solvers.evolution import SetSearch
+from pwff_solvers.evolution.nsga2 import rank_sets
+from pwff_solvers.evolution.operators import StepMutation, UniformCrossover
+from pwff_solvers.front import hypervolume
+
+CARDINALITIES = np.array([4, 5, 3, 3, 3, 3])
+ORDINAL = np.array([True, True, False, False, False, False])
+
+
+def curve(genome: np.ndarray) -> np.ndarray:
+    """Return a curve of points in three objectives; deeper and richer genomes are better and dearer."""
+    trained = genome[2:][len(genome[2:]) - min(int(genome[1]), 4) :]
+    cost = 1.0 + genome[1] + 0.2 * genome[0] + (trained == 2).sum() * 0.5
+    error = 1.0 / (1.0 + 0.5 * genome[0] + trained.sum() + 0.1 * genome[1])
+    price = np.linspace(-1.0, 1.0, 7)
+    return np.column_stack([np.log(cost) + price, np.log(cost) - price, np.full(7, error)])
+
+
+def start(seed: int) -> SetSearch:
+    initial = np.random.default_rng(seed).integers(0, CARDINALITIES, (8, 6))
+    return SetSearch(
+        CARDINALITIES, ORDINAL, initial, key=lambda genome: tuple(genome.tolist()), seed=seed
+    )
+
+
+def asked(seed: int, generations: int) -> list[np.ndarray]:
+    search, genomes = start(seed), []
+    for _ in range(generations):
+        new = search.ask()
+        genomes += list(new)
+        search.tell([curve(genome) for genome in new])
+    return genomes
+
+
+def test_finds_the_enumerated_front_with_a_tenth_of_its_evaluations() -> None:
+    reference = np.array([4.0, 4.0, 1.1])
+    everything = np.concatenate([curve(np.array(g)) for g in product(*map(range, CARDINALITIES))])
+    exact = hypervolume(everything, reference)
+    ratios = []
+    for seed in range(5):
+        found = np.concatenate([curve(genome) for genome in asked(seed, 20)])
+        ratios.append(hypervolume(found, reference) / exact)
+        random = np.random.default_rng(100 + seed).integers(0, CARDINALITIES, (160, 6))
+        assert ratios[-1] > hypervolume(np.concatenate([*map(curve, random)]), reference) / exact
+    assert min(ratios) > 0.98
+
+
+def test_never_asks_twice_and_repeats_itself_exactly() -> None:
+    first = asked(3, 12)
+    assert len({tuple(genome.tolist()) for genome in first}) == len(first)
+    assert all((a == b).all() for a, b in zip(first, asked(3, 12), strict=True))
+    assert any((a != b).any() for a, b in zip(first, asked(4, 12), strict=False))
+
+
+def test_asks_nothing_once_everything_was_asked() -> None:
+    search = SetSearch(
+        np.array([2, 2]),
+        np.array([True, True]),
+        np.array([[0, 0], [0, 1]]),
+        key=lambda genome: tuple(genome.tolist()),
+        seed=0,
+    )
+    seen = 0
+    while len(new := search.ask()):
+        seen += len(new)
+        search.tell([np.array([[float(g.sum()), -float(g.sum())]]) for g in new])
+        assert seen <= 4
+    assert seen == 4
+
+
+def test_failures_and_nans_never_win() -> None:
+    sets = [np.array([[1.0, 2.0]]), np.zeros((0, 2)), np.array([[2.0, 3.0]])]
+    ranks, contributions = rank_sets(sets)
+    assert ranks[0] == 0
+    assert ranks[2] == 1
+    assert ranks[1] > 1
+    assert contributions[1] == 0
+    search = start(0)
+    new = search.ask()
+    search.tell([np.full((1, 3), np.nan) for _ in new])  # all failed: the search goes on
+    assert len(search.ask())
+
+
+@given(
+    st.lists(
+        arrays(float, st.tuples(st.integers(0, 4), st.just(2)), elements=st.integers(0, 5)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_rank_is_that_of_the_best_point(sets: list[np.ndarray]) -> None:
+    ranks, contributions = rank_sets(sets)
+    points = [(owner, point) for owner, own in enumerate(sets) for point in own]
+    level = 0
+    expected = np.full(len(sets), np.iinfo(np.int64).max)
+    while points:
+        best = [
+            (o, p) for o, p in points if not any((q <= p).all() and (q < p).any() for _, q in points)
+        ]
+        for owner, _ in best:
+            expected[owner] = min(expected[owner], level)
+        kept = {(o, tuple(p)) for o, p in best}
+        points = [(o, p) for o, p in points if (o, tuple(p)) not in kept]
+        level += 1
+    assert ranks.tolist() == expected.tolist()
+    assert (contributions >= -1e-12).all()
+
+
+def test_operators_stay_in_bounds_and_step() -> None:
+    rng = np.random.default_rng(0)
+    genomes = rng.integers(0, CARDINALITIES, (2000, 6))
+    mutated = StepMutation(CARDINALITIES, ORDINAL)._do(None, genomes, random_state=rng)
+    assert ((mutated >= 0) & (mutated < CARDINALITIES)).all()
+    assert (np.abs(mutated - genomes)[:, ORDINAL] <= 1).all()
+    assert 0.7 < (mutated != genomes).sum(axis=1).mean() < 1.3
+    parents = np.stack([np.zeros((500, 6), int), np.ones((500, 6), int)])
+    children = UniformCrossover()._do(None, parents, random_state=rng)
+    assert (children[0] + children[1] == 1).all()
+    assert children[0].mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_bad_questions_are_refused() -> None:
+    with pytest.raises(ValueError, match="initial must hold genes"):
+        SetSearch(CARDINALITIES, ORDINAL, np.full((8, 6), 9), key=str, seed=0)
+    with pytest.raises(ValueError, match="initial must have shape"):
+        SetSearch(CARDINALITIES, ORDINAL, np.zeros((8, 2), int), key=str, seed=0)
+    with pytest.raises(ValueError, match="answer the last ask"):
+        start(0).tell([])
