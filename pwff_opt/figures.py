@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ TWO_COLUMNS_IN = 7.16
 _LABELS = {
     "energy_j": "total energy (J)",
     "delay_s": "total delay (s)",
-    "accuracy": "test accuracy (mean over devices)",
+    "accuracy": "accuracy on test data",
 }
 # (x, y, colour); accuracy is never logarithmic, the other two always are.
 _PANELS = (
@@ -37,7 +38,6 @@ def front_figure(folder: RunFolder) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm, Normalize
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     front = folder.table("front.csv")
     if front is None or not len(front):
@@ -76,17 +76,13 @@ def front_figure(folder: RunFolder) -> list[Path]:
                 )
             for scale in (axis.xaxis, axis.yaxis):
                 if scale.get_scale() == "log":
-                    scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-                    scale.set_major_formatter(ScalarFormatter())
-                    scale.set_minor_formatter(NullFormatter())
+                    _plain_ticks(scale)
             axis.set_xlabel(_LABELS[x])
             axis.set_ylabel(_LABELS[y])
             bar = figure.colorbar(dots, ax=axis, location="top", pad=0.02, aspect=28)
             bar.set_label(_LABELS[colour])
             if colour != "accuracy":
-                bar.ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-                bar.ax.xaxis.set_major_formatter(ScalarFormatter())
-                bar.ax.xaxis.set_minor_formatter(NullFormatter())
+                _plain_ticks(bar.ax.xaxis)
             bar.outline.set_visible(False)
         axes[1].legend(loc="lower right")
         paths = [folder.path / "figures" / f"front.{suffix}" for suffix in ("pdf", "png")]
@@ -95,6 +91,18 @@ def front_figure(folder: RunFolder) -> list[Path]:
             write_atomically(path, lambda target: figure.savefig(target, metadata=metadata))  # noqa: B023
         plt.close(figure)
     return paths
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers, as many as fit."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 2.5 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def segments(front: pd.DataFrame) -> pd.DataFrame:
