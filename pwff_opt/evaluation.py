@@ -25,7 +25,7 @@ class TrainedRound:
 
     loss: tuple[float, ...]
     accuracy: tuple[float, ...]
-    """On each device's validation data, after the round."""
+    """On each device's validation data, after the round; empty where it was not validated."""
     uplink_bit: int
     """Measured size of what each device uploaded."""
 

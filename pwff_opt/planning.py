@@ -13,6 +13,15 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.optimize import brentq
+
+from pwff_opt.costs import CostModel, Demand, Workload
+from pwff_opt.decision import Codec, LayerState, RoundDecision, Schedule
+from pwff_opt.errors import DecisionError, InfeasibleError
+from pwff_opt.evaluation import Evaluation, Evaluator
+from pwff_opt.rng import stream
+from pwff_opt.scenario import Scenario, Thresholds
+from pwff_opt.wireless import channel_gain
 from pwff_solvers.allocation import (
     Allocation,
     Batch,
@@ -24,15 +33,6 @@ from pwff_solvers.allocation import (
 )
 from pwff_solvers.evolution import SetSearch
 from pwff_solvers.front import knee, nondominated
-from scipy.optimize import brentq
-
-from pwff_opt.costs import CostModel, Demand, Workload
-from pwff_opt.decision import Codec, LayerState, RoundDecision, Schedule
-from pwff_opt.errors import DecisionError, InfeasibleError
-from pwff_opt.evaluation import Evaluation, Evaluator
-from pwff_opt.rng import stream
-from pwff_opt.scenario import Scenario, Thresholds
-from pwff_opt.wireless import channel_gain
 
 FloatArray = NDArray[np.float64]
 
@@ -330,7 +330,7 @@ def pareto_front(
 ) -> Front:
     """Search for the front of total energy, total delay and error over schedules.
 
-    NSGA-II varies discrete schedules; each is trained once, and every one of its rounds contributes
+    NSGA-II varies discrete schedules; each is trained once, and each of its validated rounds contributes
     the exact energy-delay curve of the schedule cut there (training is nested, so that prefix has
     been trained too). The search sees validation accuracy; the front reports test accuracy.
 
@@ -390,23 +390,22 @@ def pareto_front(
 
 
 def _candidates(evaluation: Evaluation, curve: Curve, thresholds: Thresholds) -> pd.DataFrame:
-    """Return every point a training offers: each of its rounds, at each price of time."""
-    rows = len(evaluation.rounds)
-    accuracy = np.array([np.mean(entry.accuracy) for entry in evaluation.rounds])
-    worst = np.array([np.min(entry.accuracy) for entry in evaluation.rounds])
+    """Return every point a training offers: each validated round, at each price of time."""
+    marks = [n for n, entry in enumerate(evaluation.rounds) if entry.accuracy]
+    rows = len(marks)
+    accuracy = np.array([np.mean(evaluation.rounds[n].accuracy) for n in marks])
+    worst = np.array([np.min(evaluation.rounds[n].accuracy) for n in marks])
     points = len(curve.price_of_time_w)
     table = pd.DataFrame(
         {
-            "energy_j": curve.energy_j[:rows].ravel(),
-            "delay_s": curve.delay_s[:rows].ravel(),
+            "energy_j": curve.energy_j[marks].ravel(),
+            "delay_s": curve.delay_s[marks].ravel(),
             "accuracy_validation": np.repeat(accuracy, points),
             "accuracy_validation_worst_device": np.repeat(worst, points),
             "price_of_time_w": np.tile(curve.price_of_time_w, rows),
-            "rounds": np.repeat(np.arange(1, rows + 1), points),
+            "rounds": np.repeat(np.array(marks, dtype=np.int64) + 1, points),
             "schedule": np.repeat(
-                np.array(
-                    [str(evaluation.schedule.prefix(n + 1)) for n in range(rows)], dtype=object
-                ),
+                np.array([str(evaluation.schedule.prefix(n + 1)) for n in marks], dtype=object),
                 points,
             ),
             "evaluation": evaluation.key,
@@ -467,7 +466,12 @@ def _nothing_acceptable(thresholds: Thresholds, found: list[tuple[Evaluation, Cu
     if not good:
         reasons = sorted({evaluation.reason for evaluation, _ in found})
         return f"every training failed: {'; '.join(reasons)}"
-    accuracy = max(np.mean(entry.accuracy) for evaluation, _ in good for entry in evaluation.rounds)
+    accuracy = max(
+        np.mean(entry.accuracy)
+        for evaluation, _ in good
+        for entry in evaluation.rounds
+        if entry.accuracy
+    )
     energy = min(curve.energy_j.min() for _, curve in good)
     delay = min(curve.delay_s.min() for _, curve in good)
     return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import subprocess
@@ -245,7 +246,7 @@ class Journal:
                 "round": number,
                 "device": device,
                 "loss": entry.loss[device],
-                "accuracy_validation": entry.accuracy[device],
+                "accuracy_validation": entry.accuracy[device] if entry.accuracy else math.nan,
                 "uplink_bit": entry.uplink_bit,
             }
             for number, entry in enumerate(evaluation.rounds)
@@ -269,7 +270,11 @@ class Journal:
             rounds=tuple(
                 TrainedRound(
                     loss=tuple(float(entry["loss"]) for entry in own[number]),
-                    accuracy=tuple(float(entry["accuracy_validation"]) for entry in own[number]),
+                    accuracy=tuple(
+                        float(entry["accuracy_validation"])
+                        for entry in own[number]
+                        if not math.isnan(entry["accuracy_validation"])
+                    ),
                     uplink_bit=int(own[number][0]["uplink_bit"]),
                 )
                 for number in range(int(row["rounds"]))

@@ -112,12 +112,15 @@ class Training:
     """What every device does in a round."""
 
     rounds: Count = 4
+    validate_after: tuple[Count, ...] = ()
+    """Rounds after which the models are validated, the last among them; empty: after every round.
+    Only a schedule cut at such a round can be on the front."""
     local_steps: Count = 4
     batch_size: Count = 16
-    learning_rate: Positive = 2e-3
+    learning_rate: Positive = 3e-3
     """Of adapters and LoRA."""
-    head_learning_rate: Positive = 2e-2
-    """Of the classification head, which starts from nothing and sees small features."""
+    head_learning_rate: Positive = 1e-3
+    """Of the classification head."""
     weight_decay: NonNegative = 0.01
     feature_cache_byte: NonNegative = 4e9
     """Memory of this machine for outputs of frozen layers; changes speed, never results."""
@@ -203,8 +206,9 @@ class Scenario:
             raise ScenarioError(f"scenario {self.name!r}", problems)
 
     def with_rounds(self, rounds: int) -> Scenario:
-        """Return the same scenario with another number of rounds."""
-        return replace(self, training=replace(self.training, rounds=rounds))
+        """Return the same scenario with another number of rounds, each of them validated."""
+        training = replace(self.training, rounds=rounds, validate_after=())
+        return replace(self, training=training)
 
     def _relations(self) -> Iterator[str]:
         if not self.devices:
@@ -231,6 +235,12 @@ class Scenario:
         ):
             if not values or len(set(values)) != len(values):
                 yield f"{key} must hold at least one value and none twice, got {list(values)!r}"
+        marks = self.training.validate_after
+        if marks and (list(marks) != sorted(set(marks)) or marks[-1] != self.training.rounds):
+            yield (
+                "training.validate_after must ascend and end with training.rounds "
+                f"({self.training.rounds}), got {list(marks)!r}"
+            )
         if self.decisions.phases > self.training.rounds:
             yield (
                 f"decisions.phases must not exceed training.rounds ({self.training.rounds}), "

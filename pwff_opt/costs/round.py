@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pwff_solvers.allocation import Batch
 
 from pwff_opt.costs.architecture import Architecture
 from pwff_opt.costs.blocks import Blocks
@@ -18,6 +17,7 @@ from pwff_opt.errors import DecisionError
 from pwff_opt.models import model_config, model_source
 from pwff_opt.scenario import Scenario
 from pwff_opt.wireless import rate_bps
+from pwff_solvers.allocation import Batch
 
 FloatArray = NDArray[np.float64]
 UPLOAD_BITS = {"float32": 32, "float16": 16}

@@ -97,6 +97,7 @@ class Trainer:
 
         trained = self.workers.map(train, range(len(states)), done=done)
         after = [blocks for blocks, _ in trained]
+        marks = self.training.validate_after
         names = uploaded_names(after[0], decision.states, head_shared=self.peft.head == "shared")
         dtype = DTYPES[self.peft.upload_dtype]
         uploads = [{name: blocks[name].to(dtype) for name in names} for blocks in after]
@@ -106,7 +107,9 @@ class Trainer:
         after = [blocks | shared for blocks in after]
         report = TrainedRound(
             loss=tuple(loss for _, loss in trained),
-            accuracy=tuple(self.accuracy(after, decision, present, "validation")),
+            accuracy=tuple(self.accuracy(after, decision, present, "validation"))
+            if not marks or number + 1 in marks
+            else (),
             uplink_bit=BITS_PER_BYTE
             * sum(t.numel() * t.element_size() for t in uploads[0].values()),
         )

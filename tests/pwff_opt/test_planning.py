@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from pwff_solvers.allocation import LeastEnergy, Shortest, Status, solve
 
 from pwff_opt import Evaluation, Planner, Scenario, Schedule, TrainedRound, Workload, pareto_front
 from pwff_opt.errors import DecisionError, InfeasibleError
 from pwff_opt.evaluation import learning_key
 from pwff_opt.planning import Progress
 from pwff_opt.wireless import rate_bps
+from pwff_solvers.allocation import LeastEnergy, Shortest, Status, solve
 
 
 @pytest.fixture(scope="module", params=["fdma", "tdma"])
@@ -85,7 +85,9 @@ def test_a_plan_meets_its_constraints_and_its_own_sums(planner: Planner, text: s
     )
     receive_j = broadcast_s[:, None] * np.array([d.receive_power_w for d in devices])
     kappa = np.array([d.kappa for d in devices])
-    energy = kappa * plan.demand.work_cycles * a.frequency_hz**2 + a.power_w * a.upload_s + receive_j
+    energy = (
+        kappa * plan.demand.work_cycles * a.frequency_hz**2 + a.power_w * a.upload_s + receive_j
+    )
     assert plan.energy_j == pytest.approx(energy.sum(), rel=1e-9)
 
 
@@ -154,13 +156,17 @@ def test_schedules_are_made_to_fit_the_memory(small: Scenario) -> None:
         tight.codec.encode(fitting)
     devices = tuple(replace(device, memory_byte=0.9 * float(least)) for device in small.devices)
     with pytest.raises(InfeasibleError, match="memory_byte is too small"):
-        Planner(replace(small, devices=devices), Workload.padded(small, classes=3)).repaired(schedule)
+        Planner(replace(small, devices=devices), Workload.padded(small, classes=3)).repaired(
+            schedule
+        )
 
 
 class Formula:
     """An evaluator whose accuracy is a formula of the schedule, for tests of the search alone."""
 
-    def __init__(self, scenario: Scenario, fail: Callable[[Schedule], bool] = lambda _: False) -> None:
+    def __init__(
+        self, scenario: Scenario, fail: Callable[[Schedule], bool] = lambda _: False
+    ) -> None:
         self.scenario, self.fail = scenario, fail
         self.workload = Workload.padded(scenario, classes=3)
         self.trained: list[str] = []
@@ -178,7 +184,9 @@ class Formula:
                 key=key, schedule=schedule, rounds=(), wall_s=0.0, status="failed", reason="broke"
             )
         rounds = [
-            TrainedRound(loss=(0.0,) * 3, accuracy=self._accuracy(schedule.prefix(n + 1)), uplink_bit=0)
+            TrainedRound(
+                loss=(0.0,) * 3, accuracy=self._accuracy(schedule.prefix(n + 1)), uplink_bit=0
+            )
             for n in range(len(schedule))
         ]
         return Evaluation(key=key, schedule=schedule, rounds=tuple(rounds), wall_s=0.0)
@@ -193,7 +201,9 @@ def test_a_front_is_nondominated_and_made_of_what_was_trained(small: Scenario) -
     front = pareto_front(small, evaluator, trainings=10, progress=seen.append)
     assert len(evaluator.trained) == len(front.evaluations) == 10
     table = front.points
-    values = np.column_stack([table["energy_j"], table["delay_s"], 1 - table["accuracy_validation"]])
+    values = np.column_stack(
+        [table["energy_j"], table["delay_s"], 1 - table["accuracy_validation"]]
+    )
     for i, point in enumerate(values):
         assert not ((values <= point).all(axis=1) & (values < point).any(axis=1)).any(), i
     assert table["knee"].sum() == 1

@@ -148,6 +148,9 @@ def test_python_scenarios_obey_the_same_rules() -> None:
         replace(scenario, devices=(replace(device, kappa=math.nan),))
     with pytest.raises(ScenarioError, match="devices must hold at least one device"):
         replace(scenario, devices=())
+    for marks in ((1, 2), (2, 1, 4), (1, 1, 4)):
+        with pytest.raises(ScenarioError, match="validate_after must ascend and end with"):
+            replace(scenario, training=replace(scenario.training, validate_after=marks))
     with pytest.raises(ScenarioError, match="phases must not exceed"):
         replace(scenario, decisions=replace(scenario.decisions, phases=9))
 

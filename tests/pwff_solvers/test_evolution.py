@@ -29,7 +29,9 @@ def curve(genome: np.ndarray) -> np.ndarray:
 
 
 def start(seed: int) -> SetSearch:
+    # As the planner does: the two ends of the scale, and random genomes between them.
     initial = np.random.default_rng(seed).integers(0, CARDINALITIES, (8, 6))
+    initial[0], initial[1] = 0, CARDINALITIES - 1
     return SetSearch(
         CARDINALITIES, ORDINAL, initial, key=lambda genome: tuple(genome.tolist()), seed=seed
     )
@@ -107,7 +109,9 @@ def test_rank_is_that_of_the_best_point(sets: list[np.ndarray]) -> None:
     expected = np.full(len(sets), np.iinfo(np.int64).max)
     while points:
         best = [
-            (o, p) for o, p in points if not any((q <= p).all() and (q < p).any() for _, q in points)
+            (o, p)
+            for o, p in points
+            if not any((q <= p).all() and (q < p).any() for _, q in points)
         ]
         for owner, _ in best:
             expected[owner] = min(expected[owner], level)

@@ -10,7 +10,9 @@ from hypothesis.extra.numpy import arrays
 
 from pwff_solvers.front import hypervolume, knee, nondominated
 
-points_of = arrays(float, st.tuples(st.integers(1, 12), st.integers(2, 3)), elements=st.integers(0, 4))
+points_of = arrays(
+    float, st.tuples(st.integers(1, 12), st.integers(2, 3)), elements=st.integers(0, 4)
+)
 
 
 @given(points_of)

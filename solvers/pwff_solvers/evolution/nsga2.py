@@ -54,9 +54,9 @@ class SetSearch:
         key: Callable[[IntArray], Hashable],
         seed: int,
     ) -> None:
-        if initial.ndim != 2 or initial.shape[1] != len(cardinalities) or len(initial) < 2:
+        if initial.ndim != 2 or initial.shape[1] != len(cardinalities) or not len(initial):
             raise ValueError(
-                f"initial must have shape [at least 2, {len(cardinalities)}], got {initial.shape}"
+                f"initial must have shape [at least 1, {len(cardinalities)}], got {initial.shape}"
             )
         if ((initial < 0) | (initial >= cardinalities)).any():
             raise ValueError("initial must hold genes between 0 and cardinalities - 1")
@@ -64,7 +64,7 @@ class SetSearch:
         self._asked: set[Hashable] = set()
         problem = Problem(n_var=len(cardinalities), n_obj=1, xl=0, xu=cardinalities - 1, vtype=int)
         self._algorithm = NSGA2(
-            pop_size=len(initial),
+            pop_size=max(2, len(initial)),  # two parents are needed to mate
             sampling=initial,
             selection=TournamentSelection(func_comp=binary_tournament),
             crossover=UniformCrossover(),
@@ -103,7 +103,11 @@ class SetSearch:
 
 
 class _SetSurvival(Survival):  # type: ignore[misc]
-    """Keep the individuals of best rank, then of largest hypervolume contribution."""
+    """Keep the individuals of best rank; from the last rank that fits, drop the least one by one.
+
+    One by one, because two individuals with the same points contribute nothing each, and yet
+    one of them must stay.
+    """
 
     def __init__(self) -> None:
         super().__init__(filter_infeasible=False)
@@ -111,12 +115,19 @@ class _SetSurvival(Survival):  # type: ignore[misc]
     def _do(
         self, problem: Any, pop: Any, *args: Any, n_survive: int | None = None, **kwargs: Any
     ) -> Any:
-        ranks, contributions = rank_sets([individual.get("points") for individual in pop])
-        for individual, rank, contribution in zip(pop, ranks, contributions, strict=True):
-            individual.set("rank", rank)
-            individual.set("crowding", contribution)
-        order = np.lexsort((-contributions, ranks))
-        return pop[order[:n_survive]]
+        kept = np.arange(len(pop))
+        while True:
+            ranks, contributions = rank_sets([pop[index].get("points") for index in kept])
+            excess = len(kept) - (len(pop) if n_survive is None else n_survive)
+            if excess <= 0:
+                break
+            last = np.flatnonzero(ranks == ranks.max())
+            least = last if len(last) <= excess else last[[contributions[last].argmin()]]
+            kept = np.delete(kept, least)
+        for index, rank, contribution in zip(kept, ranks, contributions, strict=True):
+            pop[index].set("rank", rank)
+            pop[index].set("crowding", contribution)
+        return pop[kept]
 
 
 def rank_sets(sets: Sequence[FloatArray]) -> tuple[IntArray, FloatArray]:

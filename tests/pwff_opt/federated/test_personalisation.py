@@ -10,25 +10,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+import pandas as pd
 
 from pwff_opt.decision import Schedule
+from pwff_opt.federated.data import load_corpus
 from pwff_opt.federated.evaluator import FederatedEvaluator
+from pwff_opt.scenario import Data
 from pwff_opt.scenario_io import read_scenario
 
 PERMUTATIONS = np.array([[0, 1, 2], [1, 2, 0], [2, 0, 1]])
 
 
-def accuracy(tmp_path: Path, schedule: str, head: Any) -> float:
+def accuracy(folder: Path, schedule: str, head: Any) -> float:
+    corpus = load_corpus(Data(), folder=folder)
+    # One domain for all, so that nothing in the text tells a device from another.
+    pd.DataFrame({"text": corpus.texts, "label": corpus.labels}).to_csv(folder / "all.csv")
     scenario = read_scenario("hutto")
     scenario = replace(
         scenario,
+        folder=str(folder),
         devices=scenario.devices[:3],
         peft=replace(scenario.peft, head=head),
-        data=replace(scenario.data, label_dirichlet=1000.0, test_per_device=120),
-        training=replace(scenario.training, rounds=5, local_steps=8, head_learning_rate=3e-3),
+        data=Data(
+            source="file",
+            path="all.csv",
+            label_dirichlet=1000.0,
+            train_per_device=300,
+            validation_per_device=10,
+            test_per_device=200,
+        ),
+        training=replace(
+            scenario.training, rounds=5, local_steps=10, validate_after=(5,), head_learning_rate=3e-3
+        ),
     )
-    evaluator = FederatedEvaluator(scenario, tmp_path / head)
+    evaluator = FederatedEvaluator(scenario, folder / head)
     for device, shard in enumerate(evaluator.shards):
         own = np.concatenate([shard.train, shard.validation, shard.test])
         evaluator.labels[own] = PERMUTATIONS[device][evaluator.labels[own]]
@@ -38,8 +53,7 @@ def accuracy(tmp_path: Path, schedule: str, head: Any) -> float:
 def test_shared_alone_fails_and_shared_with_personal_passes(tmp_path: Path) -> None:
     shared = accuracy(tmp_path, "5x0:ffffaa", "shared")
     personal = accuracy(tmp_path, "5x8:ffffaa", "personal")
-    # Three permutations: whatever a shared model says is right for one device in three, more or
-    # less, as far as it does not tell their domains apart.
-    assert shared < 0.5
-    assert personal > 0.55
+    # Whatever a shared model says is right for about one device in three.
+    assert shared < 0.42
+    assert personal > 0.5
     assert personal - shared > 0.12

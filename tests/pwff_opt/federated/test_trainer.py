@@ -206,6 +206,15 @@ def test_measured_upload_is_the_payload_of_the_cost_model(
     assert torch.equal(shared, shared.to(getattr(torch, dtype)).float())
 
 
+def test_only_marked_rounds_are_validated(small: Scenario, tmp_path: Path) -> None:
+    every = FederatedEvaluator(small, tmp_path / "a").train(Schedule.parse("3x2:ffa", devices=3))
+    marked = replace(small, training=replace(small.training, validate_after=(1, 3)))
+    some = FederatedEvaluator(marked, tmp_path / "b").train(Schedule.parse("3x2:ffa", devices=3))
+    assert [bool(entry.accuracy) for entry in some.rounds] == [True, False, True]
+    assert some.rounds[2].accuracy == every.rounds[2].accuracy
+    assert [entry.loss for entry in some.rounds] == [entry.loss for entry in every.rounds]
+
+
 def test_a_training_that_diverges_is_named_and_recorded(small: Scenario, tmp_path: Path) -> None:
     wild = replace(small, training=replace(small.training, learning_rate=1e30))
     evaluation = FederatedEvaluator(wild, tmp_path).train(Schedule.parse("3x2:aaa", devices=3))

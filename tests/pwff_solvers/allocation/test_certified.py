@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 from allocation_cells import random_batch
+
 from pwff_solvers.allocation import LeastEnergy, Shortest, Status, Weighted, certificate, solve
 
 HOW = [{"floors": False}, {"decades": 10.0}, {"decades": 10.0, "zeros": True}, {"zeros": True}]

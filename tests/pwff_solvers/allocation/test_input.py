@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from allocation_cells import random_arguments, random_batch
+
 from pwff_solvers.allocation import (
     Batch,
     InvalidInputError,

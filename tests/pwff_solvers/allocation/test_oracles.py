@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from allocation_cells import random_batch
+from scipy.optimize import minimize
+
 from pwff_solvers.allocation import Batch, LeastEnergy, Shortest, Status, Weighted, solve
 from pwff_solvers.allocation.oracle import solve_cvxpy
-from scipy.optimize import minimize
 
 FEDL = json.loads(
     (Path(__file__).parents[2] / "oracles" / "fedl_5_devices.json").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ import pytest
 from allocation_cells import random_arguments, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pwff_solvers.allocation import Batch, LeastEnergy, Shortest, Status, Weighted, solve
 
 SEED = st.integers(0, 2**32 - 1)
