@@ -36,7 +36,7 @@ app.add_typer(scenario_app, name="scenario")
 app.add_typer(data_app, name="data")
 # Into a file or a pipe, lines stay whole; a terminal's width is its own.
 console = Console(
-    highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH
+    markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH
 )
 
 ScenarioArgument = Annotated[
@@ -143,8 +143,8 @@ def main() -> None:
     try:
         app()
     except PwffError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[red]error:[/] {escape(str(error))}"
+        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
+            f"error: {error}", style="red"
         )
         sys.exit(2)
 
@@ -181,16 +181,18 @@ def _search(run: RunFolder, scenario: Scenario, trainings: int) -> None:
     with reporter:
         found = pareto_front(scenario, journal, trainings=trainings, progress=reporter.progress)
     run.write_table("front.csv", found.points)
-    _report(run, found, journal)
+    _report(run, found, journal, trainings)
 
 
-def _report(run: RunFolder, found: Front, journal: Journal) -> None:
+def _report(run: RunFolder, found: Front, journal: Journal, trainings: int) -> None:
     failed = [entry for entry in found.evaluations if entry.status == "failed"]
     console.print(
         f"\n{len(found.evaluations)} schedules trained ({journal.trained} now, {journal.reused} from "
         f"the journal{f', {len(failed)} failed' if failed else ''}); "
         f"largest duality gap of an allocation {found.gap:.1e}"
     )
+    if len(found.evaluations) < trainings:
+        console.print(f"that is fewer than the {trainings} asked for: there are no other schedules")
     for entry in failed:
         console.print(f"failed: {entry.schedule}: {entry.reason}")
     _print_front(run)
@@ -259,12 +261,12 @@ class _Reporter:
     def tick(self, device_rounds: int) -> None:
         self._ticks = device_rounds
         if self._status is not None:
-            self._status.update(self._line())
+            self._status.update(escape(self._line()))
 
     def progress(self, now: Progress) -> None:
         self._last = now
         if self._status is not None:
-            self._status.update(self._line())
+            self._status.update(escape(self._line()))
         elif now.text:
             console.print(self._line())
 
@@ -274,12 +276,12 @@ class _Reporter:
             return "starting …"
         head = f"{now.stage} {now.done + 1 if now.text else now.done}/{now.total}  {now.text}"
         if now.stage != "train" or not self._ticks:
-            return escape(head)
+            return head
         seconds = time.perf_counter() - self._start
         rate = self._ticks / seconds
         inside = self._ticks % self._each
         left = (now.total - now.done) * self._each - inside
-        return escape(f"{head}  {60 * rate:.0f} device-rounds/min, {_clock(left / rate)} left")
+        return f"{head}  {60 * rate:.0f} device-rounds/min, {_clock(left / rate)} left"
 
 
 def _clock(seconds: float) -> str:
@@ -296,7 +298,7 @@ def _status(run: RunFolder) -> Iterator[None]:
         run.finish("interrupted")
         console.print("\ninterrupted; the same command goes on from here")
         raise SystemExit(130) from None
-    except PwffError:
+    except BaseException:
         run.finish("failed")
         raise
     run.finish("done")

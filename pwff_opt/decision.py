@@ -39,6 +39,9 @@ _LETTERS = "fpa"
 class RoundDecision:
     """Ranks [device] and layer states [layer], lowest layer first, of one round.
 
+    The rank is that of every layer with blocks, also of one that is frozen by now: a LoRA is resized when
+    the rank changes between phases, and given up at rank 0.
+
     Its text, ``4:ffppaa`` or ``2,4,8:ffppaa``, names it in tables and keys: the common rank or one a
     device, then a letter a layer (frozen, personal, aggregated).
     """

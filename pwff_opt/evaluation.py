@@ -6,11 +6,13 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pwff_opt.costs import Workload
 from pwff_opt.decision import Schedule
-from pwff_opt.scenario import Scenario
+from pwff_opt.scenario import Data, Model, Scenario
 from pwff_opt.scenario_io import resolved
 
 # Raised whenever the trainer would learn something else from the same scenario and schedule.
@@ -57,20 +59,24 @@ class Evaluator(Protocol):
 
 
 def learning_key(scenario: Scenario, schedule: Schedule) -> str:
-    """Return what identifies a training: all that bears on what is learned, and nothing else.
+    """Return what identifies a training: all that bears on what is learned and recorded.
 
     Cell, radio and device hardware are not in it: they change what a schedule costs, not what it
-    learns. The number of rounds is that of the schedule, so a prefix has a key of its own.
+    learns. Local files are in it by what they hold, not by where they are. The number of rounds is
+    that of the schedule, so a prefix has a key of its own.
     """
     everything = resolved(scenario)
     training = dict(everything["training"])
     for irrelevant in ("rounds", "feature_cache_byte"):
         del training[irrelevant]
+    for table, key in (("model", "source"), ("data", "path")):
+        if (Path(scenario.folder) / everything[table][key]).exists():
+            del everything[table][key]
     relevant: dict[str, Any] = {
         "trainer": TRAINER_VERSION,
         "model": everything["model"],
         "data": everything["data"],
-        "folder": everything["folder"] if scenario.data.source == "file" else "",
+        "files": _digest(scenario.model, scenario.data, scenario.folder),
         "peft": everything["peft"],
         "training": training,
         "seeds": {name: everything["seeds"][name] for name in ("data", "training")},
@@ -79,3 +85,23 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
     }
     text = json.dumps(relevant, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def _digest(model: Model, data: Data, folder: str) -> str:
+    """Return a digest of the local files that a scenario names, "" if it names none."""
+    paths: list[Path] = []
+    source = Path(folder) / model.source
+    if source.is_dir():
+        paths += [
+            path for path in source.iterdir() if path.suffix in (".json", ".safetensors", ".txt")
+        ]
+    if data.source == "file":
+        file = Path(folder) / data.path
+        paths += [path for path in file.rglob("*") if path.is_file()] if file.is_dir() else [file]
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        if path.is_file():
+            with path.open("rb") as content:
+                total.update(hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest() if paths else ""

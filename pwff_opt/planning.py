@@ -276,7 +276,7 @@ class Planner:
                     )
                 )
                 if self.costs.fits(self.costs.demand(smaller)):
-                    return smaller
+                    return smaller.canonical()
         return None
 
 
@@ -296,9 +296,10 @@ def _certified(allocation: Allocation) -> Allocation:
 class Front:
     """An energy-delay-accuracy front, and everything that was trained to find it.
 
-    ``points`` has a row a point, fastest schedules first: energy_j, delay_s, accuracy (mean over
+    ``points`` has a row a point, least accurate first: energy_j, delay_s, accuracy (mean over
     devices, on test data), accuracy_worst_device, accuracy_std_devices, accuracy_validation (what the
-    search saw), price_of_time_w, rounds, schedule, evaluation (key of the training) and knee.
+    search saw), price_of_time_w, rounds, schedule, evaluation (key of the training) and knee. No point is
+    dominated in energy, delay and *validation* accuracy; in test accuracy, which chose nothing, one may be.
     """
 
     points: pd.DataFrame

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -93,11 +94,11 @@ class RunFolder:
                     f"{self.path} holds the run of another scenario (it differs in "
                     f"{', '.join(difference)}); choose another --out, or delete the folder"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self._foreign())):
-            raise RunError(
-                f"{self.path} exists and is not a run folder; choose another --out, or delete it"
-            )
+        self._check_kind()
         self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.rglob(".*"):  # of a write that a kill cut short
+            if leftover.is_file() and leftover.name != ".lock":
+                leftover.unlink()
         write_atomically(
             self.path / "scenario.toml", lambda target: target.write_text(text, "utf-8")
         )
@@ -108,20 +109,13 @@ class RunFolder:
         path = self.path / "resolved.json"
         if not path.is_file():
             raise RunError(f"{self.path} is not a run folder: it has no resolved.json")
-        try:
-            return from_resolved(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise RunError(f"{path} is damaged: {error}") from error
+        return from_resolved(_json_object(path))
 
     def info(self) -> dict[str, Any]:
         path = self.path / "run.json"
         if not path.is_file():
             return {}
-        try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(f"{path} is damaged: {error}") from error
-        return values
+        return _json_object(path)
 
     def note(self, **values: Any) -> None:
         """Add to ``run.json``."""
@@ -146,9 +140,20 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process alone; the system lets go of it when the process ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        """Hold the folder for this process alone; the system lets go of it when the process ends.
+
+        Raises
+        ------
+        RunError
+            If another process holds it, or the path is neither new, nor empty, nor a run folder.
+        """
+        self._check_kind()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error}") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -170,8 +175,18 @@ class RunFolder:
         else:
             write_atomically(self.path / name, lambda target: table.to_parquet(target, index=False))
 
-    def _foreign(self) -> Iterator[Path]:
-        return (entry for entry in self.path.iterdir() if entry.name != ".lock")
+    def _check_kind(self) -> None:
+        """Refuse a path that holds something else than a run."""
+        if not self.path.exists() or (self.path / "resolved.json").is_file():
+            return
+        ours = {"scenario.toml"}  # written before resolved.json: a kill may leave it alone
+        if not self.path.is_dir() or any(
+            not entry.name.startswith(".") and entry.name not in ours
+            for entry in self.path.iterdir()
+        ):
+            raise RunError(
+                f"{self.path} exists and is not a run folder; choose another --out, or delete it"
+            )
 
 
 class Journal:
@@ -184,11 +199,18 @@ class Journal:
         self.trained = 0
         evaluations = folder.table("evaluations.parquet")
         rounds = folder.table("rounds.parquet")
-        self._evaluations = _records(evaluations)
+        # A failure may have passed (memory was short, say): it is tried again in a new session. An
+        # evaluation whose rounds are lost is trained again too, from its checkpoints; and a kill
+        # between the two files leaves rounds without their evaluation, which do not count.
+        devices = len(self._scenario.devices)
+        counts = Counter(row["key"] for row in _records(rounds))
+        self._evaluations = [
+            row
+            for row in _records(evaluations)
+            if row["status"] == "done" and counts[row["key"]] == row["rounds"] * devices
+        ]
         self._known = {row["key"]: row for row in self._evaluations}
-        # A kill between the two files leaves rounds without their evaluation: those do not count.
         self._rounds = [row for row in _records(rounds) if row["key"] in self._known]
-
         tests = folder.table("tests.parquet")
         self._tests: dict[str, tuple[float, ...]] = (
             {}
@@ -283,6 +305,16 @@ class Journal:
             status=row["status"],
             reason=row["reason"],
         )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"{path} is damaged: it must hold a JSON object")
+    return values
 
 
 def _records(table: pd.DataFrame | None) -> list[dict[str, Any]]:

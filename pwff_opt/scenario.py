@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le
@@ -21,6 +21,7 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Count = Annotated[int, Gt(0)]
 Natural = Annotated[int, Ge(0)]
+LARGEST_INTEGER = 2**53
 Share = Annotated[float, Ge(0), Le(1)]
 
 
@@ -54,7 +55,7 @@ class Radio:
 class Device:
     """One device: where it is, what it can do, what its effort costs."""
 
-    distance_m: Positive
+    distance_m: Annotated[float, Gt(0), Le(1e6)]
     power_max_w: Positive
     frequency_max_hz: Positive
     frequency_min_hz: NonNegative = 0.0
@@ -205,11 +206,6 @@ class Scenario:
         if problems:
             raise ScenarioError(f"scenario {self.name!r}", problems)
 
-    def with_rounds(self, rounds: int) -> Scenario:
-        """Return the same scenario with another number of rounds, each of them validated."""
-        training = replace(self.training, rounds=rounds, validate_after=())
-        return replace(self, training=training)
-
     def _relations(self) -> Iterator[str]:
         if not self.devices:
             yield "devices must hold at least one device, got none"
@@ -293,7 +289,10 @@ def _number_problems(value: Any, kind: type, rules: list[Any], where: str) -> It
     if isinstance(value, bool) or not isinstance(value, allowed):
         yield f"{where} must be {'a whole number' if kind is int else 'a number'}, got {value!r}"
         return
-    if not math.isfinite(value):
+    if kind is int and abs(value) > LARGEST_INTEGER:
+        yield f"{where} must be at most {LARGEST_INTEGER}, got a number of {len(str(value))} digits"
+        return
+    if kind is float and not math.isfinite(value):
         yield f"{where} must be finite, got {value!r}"
         return
     for rule in rules:

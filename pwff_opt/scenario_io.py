@@ -153,7 +153,10 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
         return _convert(value, get_args(hint)[0], where, problems)
     wants_float = get_origin(hint) is Annotated and get_args(hint)[0] is float
     if wants_float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf  # reported as not finite
     return value
 
 
@@ -251,7 +254,7 @@ def _draw(
         elif name == "log_uniform":
             values.append(math.exp(rng.uniform(math.log(low), math.log(high))))
         elif name == "disc":
-            values.append(math.sqrt(rng.uniform(low**2, high**2)))
+            values.append(high * math.sqrt(rng.uniform((low / high) ** 2, 1.0)))
         else:
             values.append(float(converted[int(rng.integers(len(converted)))]))
     return values

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from pwff_opt.errors import ModelError
@@ -240,9 +240,23 @@ def load_classifier(source: str, *, classes: int) -> Any:
         raise ModelError(f"model {source!r} could not be loaded: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = 0
+    # Decoders pool the last token that is not this one; a key-value cache only costs memory here.
+    model.config.pad_token_id = pad_token_id(source)
+    model.config.use_cache = False
     return model
+
+
+def pad_token_id(source: str) -> int:
+    """Return the token id that fills up short sequences.
+
+    It must be no token of a text, or decoders would pool too early: the tokenizer's own padding token,
+    else its unknown or end token.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ModelError(f"the tokenizer of {source!r} must have a padding, unknown or end token")
 
 
 def _slot(rank: int) -> str:

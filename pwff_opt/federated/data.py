@@ -166,9 +166,10 @@ def _orange(source: str) -> Corpus:
 # -- Anything with a text and a label column --------------------------------------------------------
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": pd.read_csv,
+    # As written: no "None" becomes missing, no "01" becomes 1.
+    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
     ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
+    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
 }
 
 
@@ -214,6 +215,12 @@ def _from_table(table: pd.DataFrame, data: Data) -> Corpus:
             f"it has {list(table.columns)}"
         )
     table = table.dropna(subset=columns)
+    table = table[
+        (table[columns].astype(str).apply(lambda column: column.str.strip()) != "").all(axis=1)
+    ]
+    table = table.drop_duplicates(
+        subset=columns[:1]
+    )  # a text in two parts would leak from one to the other
     domains = [str(value) for value in table[data.domain_column]] if data.domain_column else None
     return _corpus(
         [str(value) for value in table[data.text_column]],

@@ -15,7 +15,7 @@ from pwff_opt.costs import Architecture, Workload
 from pwff_opt.decision import Schedule
 from pwff_opt.errors import DataError, PwffError
 from pwff_opt.evaluation import Evaluation, TrainedRound, learning_key
-from pwff_opt.federated.backbone import Backbone
+from pwff_opt.federated.backbone import Backbone, pad_token_id
 from pwff_opt.federated.blocks import Tensors
 from pwff_opt.federated.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from pwff_opt.federated.data import load_corpus
@@ -90,7 +90,12 @@ class FederatedEvaluator:
         )
         tokenizer = AutoTokenizer.from_pretrained(self.source)
         texts = [corpus.texts[index] for index in used]
-        self.tokens = tokenise(texts, tokenizer, max_tokens=scenario.model.max_tokens)
+        self.tokens = tokenise(
+            texts,
+            tokenizer,
+            max_tokens=scenario.model.max_tokens,
+            pad_id=pad_token_id(self.source),
+        )
         lengths = [self.tokens.lengths[shard.train].astype(float) for shard in self.shards]
         self._workload = Workload(
             classes=len(corpus.class_names),

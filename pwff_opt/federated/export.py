@@ -80,6 +80,7 @@ def save_device_model(
             "model": source,
             "classes": list(class_names),
             "pooling": pooling,
+            "pad_token_id": model.config.pad_token_id,
             "layers": layers,
             "width": width,
         },
@@ -101,9 +102,10 @@ def load_device_model(folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(model, folder).eval()
 
 
-def load_adapters(model: nn.Module, folder: Path) -> None:
+def load_adapters(model: Any, folder: Path) -> None:
     """Attach the bottleneck adapters saved in ``folder`` to a model, and pool as it was trained."""
     info = _adapter_info(folder)
+    model.config.pad_token_id = info["pad_token_id"]
     if info["pooling"] == "mean":
         pool_by_mean(model)
     layers = set(info["layers"])

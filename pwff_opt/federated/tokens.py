@@ -35,15 +35,14 @@ class Tokens:
         return len(self.offsets) - 1
 
 
-def tokenise(texts: Sequence[str], tokenizer: Any, *, max_tokens: int) -> Tokens:
+def tokenise(texts: Sequence[str], tokenizer: Any, *, max_tokens: int, pad_id: int) -> Tokens:
     """Encode texts, cut to ``max_tokens`` each."""
     encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded])]).astype(np.int64)
-    pad_id = tokenizer.pad_token_id
     return Tokens(
         ids=np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded]),
         offsets=offsets,
-        pad_id=0 if pad_id is None else int(pad_id),
+        pad_id=pad_id,
     )
 
 

@@ -86,6 +86,12 @@ class Trainer:
             raise DecisionError(
                 f"{decision} must have {len(self.shards)} ranks and {self._model.layer_count} layers"
             )
+        for device, rank in enumerate(decision.ranks):
+            if rank not in (0, *self._model.ranks):
+                raise DecisionError(
+                    f"rank of device {device} must be one of decisions.ranks "
+                    f"({', '.join(map(str, self._model.ranks))}) or 0, got {rank}"
+                )
 
         def train(backbone: Backbone, device: int) -> tuple[Tensors, float]:
             rank = decision.ranks[device]
@@ -105,6 +111,13 @@ class Trainer:
         # The broadcast has the precision of the upload; every device then holds the same object.
         shared = {name: mean.to(dtype).float() for name, mean in average(uploads, weights).items()}
         after = [blocks | shared for blocks in after]
+        for device, blocks in enumerate(after):
+            for name, tensor in blocks.items():
+                if not torch.isfinite(tensor).all():
+                    raise TrainingError(
+                        f"device {device}, round {number}: {name} must stay finite; lower "
+                        f"training.learning_rate, or upload float32"
+                    )
         report = TrainedRound(
             loss=tuple(loss for _, loss in trained),
             accuracy=tuple(self.accuracy(after, decision, present, "validation"))

@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Radio, Scenario
+from pwff_opt.units import linear_from_db
 
 
 def mean_gain(
@@ -25,7 +26,7 @@ def mean_gain(
     """
     distance_km = np.maximum(np.asarray(distance_m, dtype=float), 1.0) / 1000.0
     loss_db = radio.path_loss_1km_db + radio.path_loss_slope_db * np.log10(distance_km)
-    return np.asarray(10.0 ** (-(loss_db + np.asarray(shadowing_db)) / 10.0))
+    return linear_from_db(-(loss_db + np.asarray(shadowing_db)))
 
 
 def fading_gain(shape: int, *, radio: Radio, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -154,6 +154,12 @@ def test_schedules_are_made_to_fit_the_memory(small: Scenario) -> None:
         assert tight.costs.demand(fitting).memory_byte.max() <= limit
         assert (fitting == schedule) == (limit >= most)
         tight.codec.encode(fitting)
+    # Two schedules that come down to the same thing are one: the rank of no LoRA is 0.
+    high = replace(small.decisions, ranks=(2, 4))
+    devices = tuple(replace(device, memory_byte=float(least)) for device in small.devices)
+    poor = replace(small, devices=devices, decisions=high)
+    tight = Planner(poor, Workload.padded(small, classes=3))
+    assert str(tight.repaired(schedule)) == "3x0:fff"
     devices = tuple(replace(device, memory_byte=0.9 * float(least)) for device in small.devices)
     with pytest.raises(InfeasibleError, match="memory_byte is too small"):
         Planner(replace(small, devices=devices), Workload.padded(small, classes=3)).repaired(

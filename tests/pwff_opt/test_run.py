@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,6 @@ def test_a_run_leaves_everything_behind(finished: tuple[Path, str], scenario_fil
         assert name in printed
     assert "knee" in printed
     assert str(out / "front.csv") in printed
-    assert not list(out.rglob(".*.tmp*"))
 
 
 def test_show_and_a_second_run_are_quick_and_change_nothing(
@@ -98,11 +98,13 @@ def test_killed_at_any_moment_it_ends_at_the_same_front(
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("checkpoints/*.safetensors")}
+    (out / "checkpoints" / ".left.over.safetensors").write_bytes(b"")  # as a kill in a write does
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("checkpoints/[!.]*.safetensors")}
     pwff_opt(*command)
     assert (out / "front.csv").read_bytes() == (finished[0] / "front.csv").read_bytes()
     for path, time_ns in kept.items():  # a round that has a checkpoint is never trained again
         assert path.stat().st_mtime_ns == time_ns
+    assert [path.name for path in out.rglob(".*")] == [".lock"]
     columns = ["key", "schedule", "rounds"]
     one = pd.read_parquet(out / "evaluations.parquet")[columns]
     other = pd.read_parquet(finished[0] / "evaluations.parquet")[columns]
@@ -110,6 +112,19 @@ def test_killed_at_any_moment_it_ends_at_the_same_front(
     assert not one["key"].duplicated().any()
     rounds = pd.read_parquet(out / "rounds.parquet")
     assert rounds.equals(pd.read_parquet(finished[0] / "rounds.parquet"))
+
+
+def test_lost_tables_are_made_again_from_checkpoints(
+    finished: tuple[Path, str], scenario_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "lost"
+    shutil.copytree(finished[0], out)
+    (out / "rounds.parquet").unlink()
+    pwff_opt("front", scenario_file, "--out", out, "--trainings", TRAININGS)
+    assert (out / "front.csv").read_bytes() == (finished[0] / "front.csv").read_bytes()
+    assert pd.read_parquet(out / "rounds.parquet").equals(
+        pd.read_parquet(finished[0] / "rounds.parquet")
+    )
 
 
 def test_interrupting_is_noted(scenario_file: Path, tmp_path: Path) -> None:
@@ -152,6 +167,9 @@ def test_mistakes_get_one_clear_error(
     assert "another scenario" in message
     assert "training.local_steps: 2 there, 3 now" in message
     assert "is not a run folder" in refused("show", tmp_path)
+    (tmp_path / "file").write_text("x")
+    assert "is not a run folder" in refused("front", scenario_file, "--out", tmp_path / "file")
+    assert "cannot be written" in refused("front", scenario_file, "--out", tmp_path / "file" / "x")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     assert "is not a run folder" in refused("front", scenario_file, "--out", tmp_path / "mine")
@@ -204,6 +222,9 @@ def test_damaged_files_are_named(tmp_path: Path, small_text: str) -> None:
     folder.open(parse_scenario(small_text), small_text)
     (folder.path / "resolved.json").write_text("{")
     with pytest.raises(RunError, match=r"resolved\.json is damaged"):
+        folder.scenario()
+    (folder.path / "resolved.json").write_text("null")
+    with pytest.raises(RunError, match="must hold a JSON object"):
         folder.scenario()
     (folder.path / "evaluations.parquet").write_bytes(b"x")
     with pytest.raises(RunError, match=r"evaluations\.parquet is damaged"):

@@ -140,6 +140,19 @@ def test_draws_of_a_device_do_not_depend_on_the_others() -> None:
     assert parse_scenario(other).devices != parse_scenario(few).devices
 
 
+@pytest.mark.parametrize("number", ["9" * 400, "1e999", "-" + "9" * 400])
+@pytest.mark.parametrize("key", ["cell.bandwidth_hz", "training.rounds", "seeds.devices"])
+def test_absurd_numbers_are_errors_not_crashes(key: str, number: str) -> None:
+    table, name = key.split(".")
+    text = GOOD.replace("bandwidth_hz = 1e6\n", "", 1) if table == "cell" else GOOD
+    text = (
+        text.replace("[cell]", f"[cell]\n{name} = {number}")
+        if table == "cell"
+        else (f"{text}\n[{table}]\n{name} = {number}")
+    )
+    assert any(line.startswith(key) for line in problems_of(text))
+
+
 def test_python_scenarios_obey_the_same_rules() -> None:
     cell = Cell(bandwidth_hz=1e6, downlink_bandwidth_hz=1e6, downlink_power_w=1.0)
     device = Device(distance_m=10.0, power_max_w=0.1, frequency_max_hz=1e9)

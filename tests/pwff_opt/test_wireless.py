@@ -46,7 +46,8 @@ def test_draws_do_not_depend_on_how_many_there_are(scenario: Scenario) -> None:
     gain = channel_gain(scenario)
     assert gain.shape == (scenario.training.rounds, len(scenario.devices))
     fewer = replace(
-        scenario.with_rounds(2),
+        scenario,
+        training=replace(scenario.training, rounds=2, validate_after=()),
         devices=scenario.devices[:3],
         decisions=replace(scenario.decisions, phases=1),
     )

@@ -82,6 +82,20 @@ def test_asks_nothing_once_everything_was_asked() -> None:
     assert seen == 4
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_small_spaces_are_asked_to_the_last_genome(seed: int) -> None:
+    cardinalities = np.array([2, 3, 2, 2])
+    initial = np.random.default_rng(seed).integers(0, cardinalities, (4, 4))
+    search = SetSearch(
+        cardinalities, np.full(4, True), initial, key=lambda g: tuple(g.tolist()), seed=seed
+    )
+    seen = 0
+    while len(new := search.ask()):
+        seen += len(new)
+        search.tell([np.array([[float(g.sum()), -float(g[0])]]) for g in new])
+    assert seen == 24
+
+
 def test_failures_and_nans_never_win() -> None:
     sets = [np.array([[1.0, 2.0]]), np.zeros((0, 2)), np.array([[2.0, 3.0]])]
     ranks, contributions = rank_sets(sets)

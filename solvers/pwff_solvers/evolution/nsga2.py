@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 from typing import Any
 
 import moocore
@@ -21,6 +22,10 @@ from pwff_solvers.front import hypervolume
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+
+
+ENUMERABLE = 10_000
+"""Spaces up to this size are searched to the last genome."""
 
 
 class SetSearch:
@@ -60,7 +65,8 @@ class SetSearch:
             )
         if ((initial < 0) | (initial >= cardinalities)).any():
             raise ValueError("initial must hold genes between 0 and cardinalities - 1")
-        self._key = key
+        self._key, self._cardinalities = key, cardinalities
+        self._rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
         self._asked: set[Hashable] = set()
         problem = Problem(n_var=len(cardinalities), n_obj=1, xl=0, xu=cardinalities - 1, vtype=int)
         self._algorithm = NSGA2(
@@ -79,13 +85,38 @@ class SetSearch:
         self._pending: Any = None
 
     def ask(self) -> IntArray:
-        """Return new genomes [individual, gene], none of them asked before; none left: no rows."""
+        """Return new genomes [individual, gene], none of them asked before; none left: no rows.
+
+        Where mating finds nothing new, random genomes fill the generation, and in a small space
+        enumeration does: no rows means that every genome was asked.
+        """
         self._pending = self._algorithm.ask()
-        if self._pending is None or not len(self._pending):
-            return np.zeros((0, self._algorithm.problem.n_var), dtype=np.int64)
+        if self._pending is None:
+            self._pending = Population.empty()
+        missing = self._algorithm.pop_size - len(self._pending)
+        if missing > 0:
+            fresh = self._fresh(missing, {self._key(genome) for genome in self._pending.get("X")})
+            self._pending = Population.merge(self._pending, Population.new("X", fresh))
+        if not len(self._pending):
+            return np.zeros((0, len(self._cardinalities)), dtype=np.int64)
         genomes = np.asarray(self._pending.get("X"), dtype=np.int64)
         self._asked.update(self._key(genome) for genome in genomes)
         return genomes
+
+    def _fresh(self, count: int, pending: set[Hashable]) -> IntArray:
+        """Return up to ``count`` genomes that were not asked and are not pending."""
+        known, found = self._asked | pending, []
+        drawn = self._rng.integers(0, self._cardinalities, (100 * count, len(self._cardinalities)))
+        size = float(np.prod(self._cardinalities.astype(float)))
+        candidates = chain(drawn, np.ndindex(*self._cardinalities) if size <= ENUMERABLE else ())
+        for candidate in candidates:
+            genome = np.array(candidate, dtype=np.int64)
+            if self._key(genome) not in known:
+                known.add(self._key(genome))
+                found.append(genome)
+                if len(found) == count:
+                    break
+        return np.array(found, dtype=np.int64).reshape(-1, len(self._cardinalities))
 
     def tell(self, points: Sequence[FloatArray]) -> None:
         """Answer the last question: for every genome its points [point, objective].

@@ -57,6 +57,28 @@ def test_any_table_with_text_and_label(tmp_path: Path, suffix: str) -> None:
     assert whole.domain_names == ("all",)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_labels_and_texts_are_taken_as_written(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        ("null", "None"),
+        ("0012", "01"),
+        ("a", "1"),
+        ("b", "NA"),
+        (" ", "1"),
+        ("c", ""),
+        ("a", "1"),
+    ]
+    path = tmp_path / f"data.{suffix}"
+    table = pd.DataFrame(rows, columns=["text", "label"])
+    if suffix == "csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_json(path, orient="records", lines=True)
+    corpus = load_corpus(Data(source="file", path=path.name), folder=tmp_path)
+    assert corpus.texts == ("null", "0012", "a", "b")  # blank ones and the second "a" are left out
+    assert [corpus.class_names[n] for n in corpus.labels] == ["None", "01", "1", "NA"]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -40,7 +40,11 @@ def accuracy(folder: Path, schedule: str, head: Any) -> float:
             test_per_device=200,
         ),
         training=replace(
-            scenario.training, rounds=5, local_steps=10, validate_after=(5,), head_learning_rate=3e-3
+            scenario.training,
+            rounds=5,
+            local_steps=10,
+            validate_after=(5,),
+            head_learning_rate=3e-3,
         ),
     )
     evaluator = FederatedEvaluator(scenario, folder / head)
@@ -51,8 +55,13 @@ def accuracy(folder: Path, schedule: str, head: Any) -> float:
 
 
 def test_shared_alone_fails_and_shared_with_personal_passes(tmp_path: Path) -> None:
+    """The head is shared in both arms: they differ by the personal LoRA and nothing else.
+
+    Measured: 0.288 against 0.588 (0.600 with a personal head alone); a model for one labelling
+    reaches some 0.65 with as much data.
+    """
     shared = accuracy(tmp_path, "5x0:ffffaa", "shared")
-    personal = accuracy(tmp_path, "5x8:ffffaa", "personal")
+    personal = accuracy(tmp_path, "5x8:ffffaa", "shared")
     # Whatever a shared model says is right for about one device in three.
     assert shared < 0.42
     assert personal > 0.5

@@ -224,6 +224,11 @@ def test_a_training_that_diverges_is_named_and_recorded(small: Scenario, tmp_pat
     assert evaluation.rounds == ()
 
 
+def test_unknown_ranks_are_refused(small: Scenario, tmp_path: Path) -> None:
+    evaluation = FederatedEvaluator(small, tmp_path).train(Schedule.parse("1x16:fpa", devices=3))
+    assert "must be one of decisions.ranks (2, 4) or 0, got 16" in evaluation.reason
+
+
 @pytest.mark.parametrize(("old", "new"), [(2, 4), (2, 2), (4, 2), (8, 1)])
 def test_a_change_of_rank_keeps_what_was_learned(old: int, new: int) -> None:
     generator = torch.Generator().manual_seed(old * 10 + new)
