@@ -1,8 +1,9 @@
 """One allocation problem: this package against cvxpy with Clarabel, interleaved, on one core.
 
-Both solve least energy within a round, frequency fixed, on the same random instances (K devices, round 2x the
-shortest); cvxpy as a user would first write it, the problem built anew for each instance (no DPP). Ours solves the harder joint
-problem, frequency included, in one batch. Medians over repeats; ratios, since machines differ.
+Both solve least energy within a round, frequency fixed, on the same random instances (round 2x the
+shortest); cvxpy as a user would first write it, the problem built anew for each instance (no DPP).
+Ours solves the harder joint problem, frequency included, in one batch. Medians over repeats; ratios,
+since machines differ.
 """
 
 from __future__ import annotations
