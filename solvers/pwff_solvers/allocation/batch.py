@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pwff_solvers.allocation.elementary import COMPILED, FloatArray, entry
 from pwff_solvers.allocation.errors import InvalidInputError
 
 __all__ = ["Batch", "FloatArray", "per_instance"]
 
-FloatArray = NDArray[np.float64]
 
 # argument -> (rule in words, True where the rule holds)
 _Rule = tuple[str, Callable[[FloatArray], NDArray[np.bool_]]]
@@ -34,12 +33,13 @@ _CELL: dict[str, _Rule] = {
     "noise_psd_w_per_hz": _POSITIVE,
     "fixed_delay_s": _NOT_NEGATIVE,
 }
+_NAMES = (*_DEVICE, *_CELL)
 
 
 def _array(name: str, value: ArrayLike) -> FloatArray:
-    """Copy ``value`` to a float array, or say why it is not one."""
+    """Return ``value`` as a float array, or say why it is not one."""
     try:
-        return np.array(value, dtype=np.float64)
+        return np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
         message = f"{name} must be an array of real numbers, got {value!r}"
         raise InvalidInputError(message) from error
@@ -60,15 +60,35 @@ def _check(name: str, array: FloatArray, rule: _Rule) -> None:
 def per_instance(name: str, value: ArrayLike, instances: int) -> FloatArray:
     """Check a positive quantity and broadcast it to [instance]."""
     array = _array(name, value)
-    _check(name, array, _POSITIVE)
+    if not (array > 0).all() or not (array < np.inf).all():
+        _check(name, array, _POSITIVE)
     if array.ndim > 1 or (array.ndim == 1 and array.size not in (1, instances)):
         raise InvalidInputError(
             f"{name} must have shape [{instances}] or be a scalar, got shape {list(array.shape)}"
         )
-    return np.broadcast_to(array, (instances,))
+    result = np.empty(instances)
+    result[:] = array
+    return result
 
 
-@dataclass(frozen=True, slots=True, eq=False, init=False)
+def _column(number: int) -> property:
+    """Quantity of the devices, [instance, device]."""
+
+    def get(batch: Batch) -> FloatArray:
+        return batch.device[:, number]
+
+    return property(get)
+
+
+def _scalar(number: int) -> property:
+    """Quantity of the cells, [instance]."""
+
+    def get(batch: Batch) -> FloatArray:
+        return batch.cell[:, number]
+
+    return property(get)
+
+
 class Batch:
     r"""Instances of the allocation problem, each a cell with the same number of devices.
 
@@ -103,6 +123,14 @@ class Batch:
     InvalidInputError
         If an entry is not finite or out of range, limits cross, or shapes disagree.
 
+    Attributes
+    ----------
+    device : array [instance, 9, device]
+        The device quantities in the order of the signature, ``power_min_w`` and
+        ``fixed_energy_j`` last; every quantity is also an attribute [instance, device].
+    cell : array [instance, 3]
+        ``bandwidth_hz``, ``noise_psd_w_per_hz``, ``fixed_delay_s``.
+
     Notes
     -----
     A device argument may be a scalar, [device], [1, device], [instance, 1] or
@@ -118,18 +146,10 @@ class Batch:
     (1, 2)
     """
 
-    payload_bit: FloatArray
-    work_cycles: FloatArray
-    gain: FloatArray
-    power_max_w: FloatArray
-    frequency_min_hz: FloatArray
-    frequency_max_hz: FloatArray
-    kappa: FloatArray
-    bandwidth_hz: FloatArray
-    noise_psd_w_per_hz: FloatArray
-    power_min_w: FloatArray
-    fixed_energy_j: FloatArray
-    fixed_delay_s: FloatArray
+    __slots__ = ("cell", "device")
+
+    device: FloatArray
+    cell: FloatArray
 
     def __init__(
         self,
@@ -147,46 +167,98 @@ class Batch:
         fixed_energy_j: ArrayLike = 0.0,
         fixed_delay_s: ArrayLike = 0.0,
     ) -> None:
-        given: dict[str, ArrayLike] = {
-            "payload_bit": payload_bit,
-            "work_cycles": work_cycles,
-            "gain": gain,
-            "power_max_w": power_max_w,
-            "frequency_min_hz": frequency_min_hz,
-            "frequency_max_hz": frequency_max_hz,
-            "kappa": kappa,
-            "power_min_w": power_min_w,
-            "fixed_energy_j": fixed_energy_j,
-            "bandwidth_hz": bandwidth_hz,
-            "noise_psd_w_per_hz": noise_psd_w_per_hz,
-            "fixed_delay_s": fixed_delay_s,
-        }
-        arrays = {name: _array(name, value) for name, value in given.items()}
+        arrays = [
+            _array(name, value)
+            for name, value in zip(
+                _NAMES,
+                (
+                    payload_bit, work_cycles, gain, power_max_w, frequency_min_hz,
+                    frequency_max_hz, kappa, power_min_w, fixed_energy_j,
+                    bandwidth_hz, noise_psd_w_per_hz, fixed_delay_s,
+                ),
+                strict=True,
+            )
+        ]  # fmt: skip
         instances, devices = _common_shape(arrays)
-        for name, array in arrays.items():
-            _check(name, array, _DEVICE.get(name) or _CELL[name])
-            shape = (instances, devices) if name in _DEVICE else (instances,)
-            object.__setattr__(self, name, np.broadcast_to(array, shape))
-        _check_order(self.power_min_w, self.power_max_w, "power_min_w", "power_max_w")
-        _check_order(
-            self.frequency_min_hz, self.frequency_max_hz, "frequency_min_hz", "frequency_max_hz"
-        )
+        device = np.empty((instances, len(_DEVICE), devices))
+        cell = np.empty((instances, len(_CELL)))
+        for number, array in enumerate(arrays[: len(_DEVICE)]):
+            device[:, number] = array
+        for number, array in enumerate(arrays[len(_DEVICE) :]):
+            cell[:, number] = array
+        if not (COMPILED and _good(device, cell)):
+            _complain(arrays, device)
+        self._own(device, cell)
 
-    def take(self, instances: ArrayLike) -> Batch:
-        """Return the batch of some instances (indices or a mask)."""
-        rows = np.asarray(instances)
-        names = (*_DEVICE, *_CELL)
-        return Batch(**{name: getattr(self, name)[rows] for name in names})
+    def _own(self, device: FloatArray, cell: FloatArray) -> None:
+        device.flags.writeable = cell.flags.writeable = False
+        object.__setattr__(self, "device", device)
+        object.__setattr__(self, "cell", cell)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a Batch is read-only: make a new one to change {name}")
+
+    def take(self, instances: ArrayLike | slice) -> Batch:
+        """Return the batch of some instances (indices, a mask or a slice)."""
+        rows = instances if isinstance(instances, slice) else np.asarray(instances)
+        part = object.__new__(Batch)
+        part._own(self.device[rows], self.cell[rows])
+        return part
 
     @property
     def instances(self) -> int:
         """Number of instances."""
-        return int(self.payload_bit.shape[0])
+        return int(self.device.shape[0])
 
     @property
     def devices(self) -> int:
         """Number of devices of every instance."""
-        return int(self.payload_bit.shape[1])
+        return int(self.device.shape[2])
+
+    payload_bit = _column(0)
+    work_cycles = _column(1)
+    gain = _column(2)
+    power_max_w = _column(3)
+    frequency_min_hz = _column(4)
+    frequency_max_hz = _column(5)
+    kappa = _column(6)
+    power_min_w = _column(7)
+    fixed_energy_j = _column(8)
+    bandwidth_hz = _scalar(0)
+    noise_psd_w_per_hz = _scalar(1)
+    fixed_delay_s = _scalar(2)
+
+
+@entry
+def _good(device: FloatArray, cell: FloatArray) -> bool:
+    """Return whether every rule of ``_complain`` holds, in one sweep; written so that NaN fails."""
+    for i in range(device.shape[0]):
+        if not (0.0 < cell[i, 0] < np.inf and 0.0 < cell[i, 1] < np.inf):
+            return False
+        if not 0.0 <= cell[i, 2] < np.inf:
+            return False
+        for k in range(device.shape[2]):
+            if not (0.0 <= device[i, 0, k] < np.inf and 0.0 <= device[i, 1, k] < np.inf):
+                return False
+            if not (0.0 < device[i, 2, k] < np.inf and 0.0 < device[i, 3, k] < np.inf):
+                return False
+            if not 0.0 <= device[i, 4, k] <= device[i, 5, k] < np.inf:
+                return False
+            if not (device[i, 5, k] > 0.0 and 0.0 <= device[i, 6, k] < np.inf):
+                return False
+            if not (0.0 <= device[i, 7, k] <= device[i, 3, k]):
+                return False
+            if not 0.0 <= device[i, 8, k] < np.inf:
+                return False
+    return True
+
+
+def _complain(arrays: list[FloatArray], device: FloatArray) -> None:
+    """Raise for the first rule that is broken, if any, naming argument, index, rule and value."""
+    for name, array in zip(_NAMES, arrays, strict=True):
+        _check(name, array, _DEVICE.get(name) or _CELL[name])
+    _check_order(device[:, 7], device[:, 3], "power_min_w", "power_max_w")
+    _check_order(device[:, 4], device[:, 5], "frequency_min_hz", "frequency_max_hz")
 
 
 def _check_order(low: FloatArray, high: FloatArray, low_name: str, high_name: str) -> None:
@@ -199,21 +271,21 @@ def _check_order(low: FloatArray, high: FloatArray, low_name: str, high_name: st
         )
 
 
-def _common_shape(arrays: dict[str, FloatArray]) -> tuple[int, int]:
+def _common_shape(arrays: list[FloatArray]) -> tuple[int, int]:
     """Shape [instance, device] that every argument broadcasts to."""
     first: dict[str, tuple[int, str]] = {}
-    for name, array in arrays.items():
-        limit = 2 if name in _DEVICE else 1
+    for number, array in enumerate(arrays):
+        if array.ndim == 0:
+            continue
+        name = _NAMES[number]
+        limit = 2 if number < len(_DEVICE) else 1
         if array.ndim > limit:
             wanted = "[instance, device]" if limit == 2 else "[instance]"
             raise InvalidInputError(
                 f"{name} must broadcast to {wanted}, got shape {list(array.shape)}"
             )
-        if name in _DEVICE:
-            axes = ("device",) if array.ndim == 1 else ("instance", "device")[: array.ndim]
-        else:
-            axes = ("instance",)[: array.ndim]
-        for axis, size in zip(axes, array.shape, strict=True):
+        axes = ("instance", "device") if limit == 2 else ("instance",)
+        for axis, size in zip(axes[limit - array.ndim :], array.shape, strict=True):
             if size == 1:
                 continue
             known = first.setdefault(axis, (size, name))

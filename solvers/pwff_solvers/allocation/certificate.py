@@ -23,25 +23,87 @@ Every formula works on arrays [instance, device].
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pwff_solvers.allocation.batch import Batch, FloatArray
+from pwff_solvers.allocation.elementary import (
+    COMPILED,
+    cbrt,
+    entry,
+    exp_pair,
+    kernel,
+    log1p,
+    select,
+)
 
-__all__ = ["Multipliers", "Primal", "energy_bound", "shortest_bound", "violation"]
+__all__ = [
+    "Multipliers",
+    "Primal",
+    "energy_bound",
+    "energy_gap",
+    "shortest_bound",
+    "shortest_gap",
+    "variable_energy",
+    "violation",
+]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+_LN2 = math.log(2.0)
+DOUBT = 1e-8
+"""Energy gaps above this are looked at again at the shortest round."""
+
+
 class Primal:
-    """A point: decisions [instance, device] and the round [instance], fixed delay included."""
+    """A point: decisions [instance, device] and the round [instance], fixed delay included.
 
-    bandwidth_hz: FloatArray
-    power_w: FloatArray
-    frequency_hz: FloatArray
-    upload_s: FloatArray
-    round_s: FloatArray
+    ``decision`` [instance, 4 or more, device] holds bandwidth, power, frequency and upload time.
+    """
+
+    __slots__ = ("decision", "round_s")
+
+    def __init__(
+        self,
+        *,
+        bandwidth_hz: FloatArray,
+        power_w: FloatArray,
+        frequency_hz: FloatArray,
+        upload_s: FloatArray,
+        round_s: FloatArray,
+    ) -> None:
+        self.decision = np.stack([bandwidth_hz, power_w, frequency_hz, upload_s], axis=1)
+        self.round_s = round_s
+
+    @classmethod
+    def packed(cls, decision: FloatArray, round_s: FloatArray) -> Primal:
+        """Return the point whose decisions are in one array already."""
+        point = object.__new__(cls)
+        point.decision, point.round_s = decision, round_s
+        return point
+
+    @property
+    def frequency_hz(self) -> FloatArray:
+        """Frequencies [instance, device]."""
+        return self.decision[:, 2]
+
+    @property
+    def upload_s(self) -> FloatArray:
+        """Upload times [instance, device]."""
+        return self.decision[:, 3]
+
+    @property
+    def power_w(self) -> FloatArray:
+        """Powers [instance, device]."""
+        return self.decision[:, 1]
+
+    @property
+    def bandwidth_hz(self) -> FloatArray:
+        """Bandwidths [instance, device]."""
+        return self.decision[:, 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,6 +112,240 @@ class Multipliers:
 
     bandwidth_j_per_hz: FloatArray
     time_w: FloatArray
+
+
+@kernel
+def _psi1(z: Any, e: Any, expm1: Any) -> Any:
+    """Return ``1 + (z-1)e^z``; by its power series where the closed form cancels."""
+    small = select(z < 0.25, z, 0.25)
+    series = _P[12]
+    for n in range(11, -1, -1):
+        series = series * small + _P[n]
+    return select(z < 0.25, series * small * small, z * e - expm1)
+
+
+@kernel
+def _capacity_slope1(x: Any, logarithm: Any) -> Any:
+    """Return ``log(1+x) - x/(1+x)``, the slope in b of ``b log(1 + PG/b)`` at ``x = PG/b``."""
+    small = select(x < 0.02, x, 0.02)
+    series = _Q[9]
+    for n in range(8, -1, -1):
+        series = series * small + _Q[n]
+    return select(x < 0.02, series * small * small, logarithm - x / (1.0 + x))
+
+
+# psi(z)/z^2 and (log(1+x) - x/(1+x))/x^2 as power series
+_P = tuple(1.0 / (math.factorial(n) * (n + 2)) for n in range(13))
+_Q = tuple((-1.0) ** n * (n + 1) / (n + 2) for n in range(10))
+
+
+@kernel
+def _least_compute1(work: Any, kappa: Any, f_min: Any, f_max: Any, mu: Any) -> Any:
+    """Return ``min over f of kappa c f^2 + mu c / f``."""
+    # no price asks for the least frequency, however small kappa is
+    cube = mu / select(kappa > 1e-290, 2.0 * kappa, 2e-290)
+    f = cbrt(select(cube < 1e300, cube, 1e300))
+    f = select(f > f_min, f, f_min)
+    f = select(f < f_max, f, f_max)
+    wait = select(mu > 0.0, mu * work / select(f > 0.0, f, 1.0), 0.0)
+    return kappa * work * f * f + wait
+
+
+@kernel
+def _box1(gradient: Any, below: Any, above: Any) -> Any:
+    """Return the least value of ``gradient * step`` for ``-below <= step <= above``."""
+    down = -gradient * below
+    up = gradient * above
+    return select(down < 0.0, down, 0.0) + select(up < 0.0, up, 0.0)
+
+
+@kernel
+def _worse1(one: Any, other: Any) -> Any:
+    """Return the larger of two; NaN where ``other`` is NaN."""
+    return select(one > other, one, other)
+
+
+@kernel
+def _energy_terms(
+    payload: Any, work: Any, gain: Any, power_max: Any, f_min: Any, f_max: Any, kappa: Any,
+    b: Any, p: Any, f: Any, t: Any, band: Any, noise: Any, lam: Any, idle_mu: Any,
+) -> Any:  # fmt: skip
+    """A device's part of the dual bound, its price of time and its variable energy."""
+    live = payload > 0.0
+    a = select(live, payload * _LN2, 1.0)
+    b = select(live, b, 1.0)
+    t1 = select(live, t, 1.0)
+    g = gain / noise
+    z = a / (b * t1)
+    e, expm1 = exp_pair(z)
+    value = _psi1(z, e, expm1) / g
+    x = power_max * g / b
+    logarithm = log1p(x)
+    slope = _capacity_slope1(x, logarithm)
+    missing = lam - t1 * value
+    nu = select(missing > 0.0, missing, 0.0) / slope
+    over = a / t1 - b * logarithm
+    mu = b * value + nu * a / (t1 * t1)
+    gradient = missing - nu * slope
+    part = b * t1 * expm1 / g + nu * over + lam * b + mu * t1 + _box1(gradient, b, band - b)
+    mu = select(live, mu, idle_mu)
+    part = select(live, part, 0.0) + _least_compute1(work, kappa, f_min, f_max, mu)
+    return part, mu, p * t + kappa * work * f * f
+
+
+@kernel
+def _violation_terms(
+    payload: Any, work: Any, gain: Any, power_max: Any, power_min: Any, f_min: Any, f_max: Any,
+    b: Any, p: Any, f: Any, t: Any, noise: Any,
+) -> Any:  # fmt: skip
+    """A device's largest relative violation, and when it has computed and is done."""
+    live = payload > 0.0
+    a = select(live, payload * _LN2, 1.0)
+    b1 = select(live, b, 1.0)
+    t1 = select(live, t, 1.0)
+    wait = select(work > 0.0, work / select(f > 0.0, f, 1e-300), 0.0)
+    x = p * gain / (noise * b1)
+    sent = t1 * b1 * log1p(select(x > 0.0, x, 0.0))
+    worst = select(live, a / select(sent > 0.0, sent, 1e-300) - 1.0, 0.0)
+    worst = _worse1(worst, p / power_max - 1.0)
+    least = select(power_min > 0.0, power_min, 1.0)
+    worst = _worse1(worst, select(live & (power_min > 0.0), 1.0 - p / least, 0.0))
+    worst = _worse1(worst, f / f_max - 1.0)
+    least = select(f_min > 0.0, f_min, 1.0)
+    worst = _worse1(worst, select(f_min > 0.0, 1.0 - f / least, 0.0))
+    sane = (b1 > 0.0) & (t >= 0.0) & (p >= 0.0) & (f >= 0.0)
+    return select(sane, worst, np.inf), wait, wait + t
+
+
+@kernel
+def _shortest_terms(
+    payload: Any, work: Any, gain: Any, power_max: Any, f_max: Any, b: Any, t: Any,
+    band: Any, noise: Any,
+) -> Any:  # fmt: skip
+    """A device's share in the price of time, its part of the bound, and its time alone."""
+    live = payload > 0.0
+    a = select(live, payload * _LN2, 1.0)
+    b = select(live, b, 1.0)
+    t = select(live, t, 1.0)
+    wide = power_max * gain / noise
+    fast = work / f_max
+    logarithm = log1p(wide / b)
+    slope = _capacity_slope1(wide / b, logarithm)
+    ratio = a / (slope * t * t)
+    part = ratio * (t + fast) + (a / t - b * logarithm) / slope + b
+    alone = fast + select(live, a / (band * log1p(wide / band)), 0.0)
+    return select(live, ratio, 0.0), select(live, part, 0.0), alone
+
+
+# --- one call for a batch: loops where numba compiles them, whole arrays elsewhere ----------------
+
+
+@entry
+def _sum_energy(device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any) -> Any:
+    """Return the sums of :func:`_energy_terms`, [instance] each."""
+    instances, _, devices = device.shape
+    part, mu, energy = np.empty(instances), np.empty(instances), np.empty(instances)
+    terms = np.empty((3, devices))
+    one, two, three = terms[0], terms[1], terms[2]
+    idle = np.zeros(devices)
+    for i in range(instances):
+        d, q = device[i], point[i]
+        s_, c_, h_, p_, l_, u_, k_ = d[0], d[1], d[2], d[3], d[4], d[5], d[6]
+        b_, w_, f_, t_ = q[0], q[1], q[2], q[3]
+        if idle_mu.shape[0] > 0:
+            idle = idle_mu[i]
+        for k in range(devices):
+            one[k], two[k], three[k] = _energy_terms(
+                s_[k], c_[k], h_[k], p_[k], l_[k], u_[k], k_[k], b_[k], w_[k], f_[k], t_[k],
+                cell[i, 0], cell[i, 1], lam[i], idle[k],
+            )  # fmt: skip
+        part[i], mu[i], energy[i] = one.sum(), two.sum(), three.sum()
+    return part, mu, energy
+
+
+@entry
+def _worst_violation(device: Any, cell: Any, point: Any, time: Any, tdma: bool) -> Any:
+    """Return the largest of :func:`_violation_terms` and of the cell's own limits, [instance]."""
+    instances, _, devices = device.shape
+    worst = np.empty(instances)
+    terms = np.empty((3, devices))
+    one, two, three = terms[0], terms[1], terms[2]
+    for i in range(instances):
+        d, q = device[i], point[i]
+        s_, c_, h_, p_, m_, l_, u_ = d[0], d[1], d[2], d[3], d[7], d[4], d[5]
+        b_, w_, f_, t_ = q[0], q[1], q[2], q[3]
+        for k in range(devices):
+            one[k], two[k], three[k] = _violation_terms(
+                s_[k], c_[k], h_[k], p_[k], m_[k], l_[k], u_[k], b_[k], w_[k], f_[k], t_[k],
+                cell[i, 1],
+            )  # fmt: skip
+        most = 0.0
+        wait = 0.0
+        end = 0.0
+        band = 0.0
+        wide = 0.0
+        for k in range(devices):
+            most = _worse1(most, one[k])
+            wait = _worse1(wait, two[k])
+            end = _worse1(end, three[k])
+            band += b_[k]
+            wide = _worse1(wide, b_[k])
+        if tdma:
+            end = wait + t_.sum()
+            band = wide
+        most = _worse1(most, band / cell[i, 0] - 1.0)
+        late = end / time[i] - 1.0 if time[i] > 0.0 else np.inf
+        worst[i] = _worse1(most, late if end > 0.0 else 0.0)
+    return worst
+
+
+@entry
+def _sum_shortest(device: Any, cell: Any, point: Any) -> Any:
+    """Return the sums (the last one: the largest) of :func:`_shortest_terms`, [instance] each."""
+    instances, _, devices = device.shape
+    ratio, part, alone = np.empty(instances), np.empty(instances), np.empty(instances)
+    terms = np.empty((3, devices))
+    one, two, three = terms[0], terms[1], terms[2]
+    for i in range(instances):
+        d, q = device[i], point[i]
+        s_, c_, h_, p_, u_ = d[0], d[1], d[2], d[3], d[5]
+        b_, t_ = q[0], q[3]
+        for k in range(devices):
+            one[k], two[k], three[k] = _shortest_terms(
+                s_[k], c_[k], h_[k], p_[k], u_[k], b_[k], t_[k], cell[i, 0], cell[i, 1]
+            )
+        ratio[i], part[i], alone[i] = one.sum(), two.sum(), three.max()
+    return ratio, part, alone
+
+
+if not COMPILED:
+
+    def _sum_energy(device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any) -> Any:
+        band, noise = cell[:, 0, None], cell[:, 1, None]
+        idle = idle_mu if idle_mu.shape[0] else 0.0
+        part, mu, energy = _energy_terms(
+            *(device[:, j] for j in range(7)), *(point[:, j] for j in range(4)),
+            band, noise, lam[:, None], idle,
+        )  # fmt: skip
+        return part.sum(1), mu.sum(1), energy.sum(1)
+
+    def _worst_violation(device: Any, cell: Any, point: Any, time: Any, tdma: bool) -> Any:
+        order = (0, 1, 2, 3, 7, 4, 5)
+        worst, wait, end = _violation_terms(
+            *(device[:, j] for j in order), *(point[:, j] for j in range(4)), cell[:, 1, None]
+        )
+        band = point[:, 0].max(1) if tdma else point[:, 0].sum(1)
+        last = wait.max(1) + point[:, 3].sum(1) if tdma else end.max(1)
+        late = np.where(last > 0, np.where(time > 0, last / time - 1.0, np.inf), 0.0)
+        return np.maximum.reduce([worst.max(1), band / cell[:, 0] - 1.0, late, 0.0 * late])
+
+    def _sum_shortest(device: Any, cell: Any, point: Any) -> Any:
+        order = (0, 1, 2, 3, 5)
+        ratio, part, alone = _shortest_terms(
+            *(device[:, j] for j in order), point[:, 0], point[:, 3], cell[:, 0, None],
+            cell[:, 1, None],
+        )  # fmt: skip
+        return ratio.sum(1), part.sum(1), alone.max(1)
 
 
 def _psi(z: FloatArray) -> FloatArray:
@@ -98,7 +394,7 @@ def _box(gradient: FloatArray, below: FloatArray, above: FloatArray) -> FloatArr
 
 def _computing_prices(
     batch: Batch,
-    point: Primal,
+    f: FloatArray,
     deadline: FloatArray,
     part: NDArray[np.bool_],
     total: FloatArray,
@@ -109,7 +405,6 @@ def _computing_prices(
     the least frequency anything up to that; at the largest anything from that.  The tolerances
     forgive rounding; they cannot spoil the bound, which holds for any prices.
     """
-    f = point.frequency_hz
     with np.errstate(divide="ignore", invalid="ignore"):
         end = np.where(batch.work_cycles > 0, batch.work_cycles / f, 0.0)
     tight = part & (batch.work_cycles > 0) & (end >= deadline * (1.0 - 1e-9))
@@ -149,46 +444,90 @@ def energy_bound(
     """
     if access == "tdma":
         return _tdma_energy_bound(batch, point, multipliers, price_of_time_w)
-    a, g, band, delay = _columns(batch)
-    live = a > 0
-    lam = multipliers.bandwidth_j_per_hz[:, None]
-    time = point.round_s[:, None] - delay
-    b = np.where(live, point.bandwidth_hz, 1.0)
-    t = np.where(live, point.upload_s, 1.0)
-    z = a / (b * t)
-    wide = batch.power_max_w * g
-    value = _psi(z) / g
-    slope = _capacity_slope(wide / b)
-    energy = b * t * np.expm1(z) / g
-    nu = np.maximum(lam - t * value, 0.0) / slope
-    over = a / t - b * np.log1p(wide / b)
-    mu = b * value + nu * a / t**2
-    gradient = lam - t * value - nu * slope
-    part = energy + nu * over + lam * b + mu * t + _box(gradient, b, band - b)
-    part = np.where(live, part, 0.0)
-    mu = np.where(live, mu, 0.0)
-    wanted = np.zeros_like(lam) if price_of_time_w is None else price_of_time_w[:, None]
-    mu = mu + _computing_prices(batch, point, time, ~live, wanted - mu.sum(1, keepdims=True))
-    part = part + _compute_minimum(batch, mu)
-    total_mu = mu.sum(1)
-    bound: FloatArray = part.sum(1) - lam[:, 0] * band[:, 0]
-    if price_of_time_w is None:
-        result: FloatArray = bound - total_mu * time[:, 0]
-        return result
-    # T is free: what mu leaves of w is charged at the least or at the largest T worth a thought
-    ends = batch.work_cycles / batch.frequency_max_hz + a / wide
-    return bound + _free_time(batch, point, price_of_time_w, total_mu, ends.max(1))
+    return _fdma_energy(batch, point, multipliers, price_of_time_w)[0]
 
 
-def _free_time(
-    batch: Batch, point: Primal, price: FloatArray, total_mu: FloatArray, least: FloatArray
+def energy_gap(
+    batch: Batch,
+    point: Primal,
+    multipliers: Multipliers,
+    price_of_time_w: FloatArray | None,
+    access: str,
 ) -> FloatArray:
-    """Return ``min over T of (w - sum mu) T + w delay`` on the range that can hold the optimum."""
-    delay = batch.fixed_delay_s
-    most = (variable_energy(batch, point) + price * (point.round_s - delay)) / price
-    left = price - total_mu
-    result: FloatArray = left * np.where(left >= 0, least, most) + price * delay
+    """Return the relative gap (value - bound)/value of :func:`energy_bound`, [instance].
+
+    At the shortest round nothing but that one point is feasible, while its price of time may be so
+    high that the energy bound drowns in rounding: then the gap of the round takes its place.
+    """
+    if access == "tdma":
+        bound = _tdma_energy_bound(batch, point, multipliers, price_of_time_w)
+        value = variable_energy(batch, point)
+    else:
+        bound, value = _fdma_energy(batch, point, multipliers, price_of_time_w)
+    if price_of_time_w is not None:
+        value = value + price_of_time_w * point.round_s
+    gap = _relative(value, bound)
+    if access == "fdma":
+        doubtful = np.abs(gap) > DOUBT
+        if doubtful.any():
+            edge = shortest_gap(batch, point, access)
+            corner = doubtful & _at_full_power(batch, point) & (np.abs(edge) <= 1e-9)
+            gap = np.where(corner, edge, gap)
+    return gap
+
+
+def shortest_gap(batch: Batch, point: Primal, access: str) -> FloatArray:
+    """Return the relative gap of :func:`shortest_bound`, [instance]."""
+    return _relative(point.round_s, shortest_bound(batch, point, access))
+
+
+def _relative(value: FloatArray, bound: FloatArray) -> FloatArray:
+    """Relative gap; 0 where both vanish."""
+    return np.asarray((value - bound) / np.where(value != 0, np.abs(value), 1.0))
+
+
+def _at_full_power(batch: Batch, point: Primal) -> NDArray[np.bool_]:
+    """True where every device that uploads has full power and full frequency."""
+    live = batch.payload_bit > 0
+    power = point.power_w >= (1.0 - 1e-9) * batch.power_max_w
+    speed = point.frequency_hz >= (1.0 - 1e-9) * batch.frequency_max_hz
+    busy = batch.work_cycles > 0
+    result: NDArray[np.bool_] = ((power & (speed | ~busy)) | ~live).all(1) & live.any(1)
     return result
+
+
+def _fdma_energy(
+    batch: Batch, point: Primal, multipliers: Multipliers, price: FloatArray | None
+) -> tuple[FloatArray, FloatArray]:
+    """Return the bound of :func:`energy_bound` and the variable energy [J], [instance] each."""
+    decision, lam = point.decision, multipliers.bandwidth_j_per_hz
+    time = point.round_s - batch.cell[:, 2]
+    wanted = np.zeros_like(lam) if price is None else price
+    part, mu, energy = _sum_energy(batch.device, batch.cell, decision, lam, _NONE)
+    idle = (batch.device[:, 0] == 0) & (batch.device[:, 1] > 0)
+    if idle.any():
+        left = (wanted - mu)[:, None]
+        idle_mu = _computing_prices(batch, point.frequency_hz, time[:, None], idle, left)
+        part, mu, energy = _sum_energy(batch.device, batch.cell, decision, lam, idle_mu)
+    bound: FloatArray = part - lam * batch.cell[:, 0]
+    if price is None:
+        return bound - mu * time, energy
+    # T is free: what mu leaves of w is charged at the least or at the largest T worth a thought
+    most = (energy + wanted * time) / wanted
+    left = wanted - mu
+    left = left * np.where(left >= 0, _earliest(batch), most)
+    return bound + left + wanted * batch.cell[:, 2], energy
+
+
+_NONE = np.empty((0, 0))
+
+
+def _earliest(batch: Batch) -> FloatArray:
+    """Return a time [s] that no device can beat whatever its band, [instance]."""
+    least = _LN2 * batch.payload_bit * batch.noise_psd_w_per_hz[:, None]
+    least = least / (batch.power_max_w * batch.gain)
+    ends: FloatArray = (batch.work_cycles / batch.frequency_max_hz + least).max(1)
+    return ends
 
 
 def _tdma_energy_bound(
@@ -217,7 +556,7 @@ def _tdma_energy_bound(
         + mu * t
         + _box(gradient, np.maximum(t - shortest, 0), np.maximum(np.minimum(longest, most) - t, 0))
     )
-    share = _computing_prices(batch, point, deadline, np.ones_like(live), mu)
+    share = _computing_prices(batch, point.frequency_hz, deadline, np.ones_like(live), mu)
     total = share.sum(1, keepdims=True)
     share = share * np.minimum(mu / np.where(total > 0, total, 1.0), 1.0)
     bound: FloatArray = (np.where(live, upload, 0.0) + _compute_minimum(batch, share)).sum(1)
@@ -245,47 +584,21 @@ def shortest_bound(batch: Batch, point: Primal, access: str) -> FloatArray:
         upload = np.where(live, a / (band * np.log1p(wide / band)), 0.0)
         total: FloatArray = upload.sum(1) + fast.max(1) + delay[:, 0]
         return total
-    # no device can beat what it would do with the whole band to itself
-    alone: FloatArray = (fast + a / (band * np.log1p(wide / band))).max(1) + delay[:, 0]
-    b = np.where(live, point.bandwidth_hz, 1.0)
-    t = np.where(live, point.upload_s, 1.0)
-    slope = _capacity_slope(wide / b)
-    ratio = np.where(live, a / (slope * t**2), 0.0)
-    total_ratio = ratio.sum(1, keepdims=True)
-    eta = 1.0 / np.where(total_ratio > 0, total_ratio, 1.0)
-    nu, mu = eta / slope, eta * ratio
-    part = mu * (t + fast) + nu * (a / t - b * np.log1p(wide / b)) + eta * b
-    bound: FloatArray = np.where(live, part, 0.0).sum(1) - eta[:, 0] * band[:, 0] + delay[:, 0]
-    bound = np.where(total_ratio[:, 0] > 0, bound, -np.inf)
-    result: FloatArray = np.fmax(bound, alone)
+    ratio, part, alone = _sum_shortest(batch.device, batch.cell, point.decision)
+    eta = 1.0 / np.where(ratio > 0, ratio, 1.0)
+    bound: FloatArray = np.where(ratio > 0, eta * (part - batch.cell[:, 0]), -np.inf)
+    # nor can any device beat what it would do with the whole band to itself
+    result: FloatArray = np.fmax(bound, alone) + batch.cell[:, 2]
     return result
 
 
 def violation(batch: Batch, point: Primal, access: str) -> FloatArray:
     """Return the largest relative violation of any constraint, [instance]; 0 when none."""
-    a, g, band, delay = _columns(batch)
-    live = a > 0
-    b, t = np.where(live, point.bandwidth_hz, 1.0), np.where(live, point.upload_s, 1.0)
-    p, f = point.power_w, point.frequency_hz
-    time = point.round_s - delay[:, 0]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        wait = np.where(batch.work_cycles > 0, batch.work_cycles / f, 0.0)
-        sent = t * b * np.log1p(p * g / b)
-        parts = [
-            np.where(live, a / sent - 1.0, 0.0),
-            p / batch.power_max_w - 1.0,
-            np.where(live & (batch.power_min_w > 0), 1.0 - p / batch.power_min_w, 0.0),
-            f / batch.frequency_max_hz - 1.0,
-            np.where(batch.frequency_min_hz > 0, 1.0 - f / batch.frequency_min_hz, 0.0),
-            np.where((b > 0) & (point.upload_s >= 0) & (p >= 0) & (f >= 0), 0.0, np.inf),
-        ]
-        if access == "tdma":
-            used = wait.max(1) + point.upload_s.sum(1)
-            band_use = (point.bandwidth_hz / band).max(1) - 1.0
-        else:
-            used = (wait + point.upload_s).max(1)
-            band_use = (point.bandwidth_hz / band).sum(1) - 1.0
-        late = np.where(used > 0, used / time - 1.0, 0.0)
-    worst = np.maximum.reduce([x.max(1) for x in parts] + [band_use, late])
-    result: FloatArray = np.maximum(worst, 0.0)
+    result: FloatArray = _worst_violation(
+        batch.device,
+        batch.cell,
+        point.decision,
+        point.round_s - batch.cell[:, 2],
+        access == "tdma",
+    )
     return result

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pwff_solvers.allocation import certificate, fdma, tdma
+from pwff_solvers.allocation import certificate, fdma, newton, tdma
 from pwff_solvers.allocation.allocation import Allocation, Status
 from pwff_solvers.allocation.batch import Batch, FloatArray, per_instance
+from pwff_solvers.allocation.elementary import COMPILED
 from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Objective, Shortest, Weighted
 
@@ -17,12 +20,18 @@ __all__ = ["GAP_TOLERANCE", "VIOLATION_TOLERANCE", "solve"]
 
 GAP_TOLERANCE = 1e-8
 VIOLATION_TOLERANCE = 1e-9
-# About this many devices are solved at once, so that the working arrays stay in the cache.
+# About this many devices are searched at once, so that the working arrays stay in the cache.
 _CHUNK = 8192
+# About this many devices make a piece of work for a thread.
+_PIECE = 65536
 
 
 def solve(
-    batch: Batch, objective: Objective, access: Literal["fdma", "tdma"] = "fdma"
+    batch: Batch,
+    objective: Objective,
+    access: Literal["fdma", "tdma"] = "fdma",
+    *,
+    threads: int = 1,
 ) -> Allocation:
     r"""Return the optimal bandwidths, powers and frequencies of every instance, with certificate.
 
@@ -45,6 +54,8 @@ def solve(
         The shortest round; the least energy within a round; the least energy + price x round.
     access : {"fdma", "tdma"}
         Own bands at the same time, or the whole band one after another.
+    threads : int, default 1
+        Pieces of a large batch that are solved at the same time; the result does not depend on it.
 
     Returns
     -------
@@ -109,20 +120,27 @@ def solve(
         raise InvalidInputError(f"access must be 'fdma' or 'tdma', got {access!r}")
     if not isinstance(batch, Batch):
         raise InvalidInputError(f"batch must be a Batch, got {type(batch).__name__}")
+    if not (isinstance(threads, int) and threads >= 1):
+        raise InvalidInputError(f"threads must be an integer of at least 1, got {threads!r}")
     target = _target(objective, batch)
-    if access == "fdma" and (batch.power_min_w > 0).any():
+    if access == "fdma" and batch.device[:, 7].any():
         i, k = (int(v) for v in np.argwhere(batch.power_min_w > 0)[0])
         raise InvalidInputError(
             f"power_min_w[{i}, {k}] must be 0 with access 'fdma', got {batch.power_min_w[i, k]}: "
             "a least power is not a convex limit there; use access 'tdma' or drop it"
         )
-    size = max(1, _CHUNK // batch.devices)
+    problem = _Problem(type(objective), access)
     with np.errstate(all="ignore"):
-        points = [
-            _solve_rows(batch, objective, target, access, slice(i, i + size))
-            for i in range(0, batch.instances, size)
-        ]
-        return _certify(batch, objective, target, access, points)
+        # no more threads than give each a good piece of work; pieces do not depend on their number
+        size = max(newton.LANES, _PIECE // batch.devices // newton.LANES * newton.LANES)
+        if threads == 1 or batch.instances <= size:
+            return _solve_piece(batch, problem, target).allocation(batch, problem, target)
+        pieces = [slice(i, i + size) for i in range(0, batch.instances, size)]
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(
+                pool.map(lambda rows: _solve_piece(batch.take(rows), problem, target[rows]), pieces)
+            )
+        return _Found.joined(found).allocation(batch, problem, target)
 
 
 def _target(objective: Objective, batch: Batch) -> FloatArray:
@@ -139,118 +157,230 @@ def _target(objective: Objective, batch: Batch) -> FloatArray:
     )
 
 
-def _solve_rows(
-    batch: Batch, objective: Objective, target: FloatArray, access: str, rows: slice
-) -> fdma.Point:
-    wanted = target[rows]
-    delay = batch.fixed_delay_s[rows]
-    if access == "tdma":
-        slots = tdma.TdmaCell(batch, rows)
-        if isinstance(objective, LeastEnergy):
-            return tdma.least_energy(slots, wanted - delay)
-        if isinstance(objective, Weighted):
-            return tdma.weighted(slots, wanted)
-        return tdma.shortest(slots)
-    cell = fdma.Cell(batch, rows)
-    if isinstance(objective, LeastEnergy):
-        return fdma.least_energy(cell, wanted - delay)
-    return fdma.weighted(cell, wanted) if isinstance(objective, Weighted) else fdma.shortest(cell)
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """What is asked: kind of objective and of access."""
+
+    objective: type
+    access: Literal["fdma", "tdma"]
 
 
-def _certify(
-    batch: Batch,
-    objective: Objective,
-    target: FloatArray,
-    access: Literal["fdma", "tdma"],
-    points: list[fdma.Point],
-) -> Allocation:
-    """Put the chunks together, certify them and give each instance its status."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Found:
+    """Solutions with their certificates, [instance] except ``decision`` [instance, 6, device].
 
-    def devices(name: str) -> FloatArray:
-        if not points:
-            return np.empty((0, batch.devices))
-        return np.concatenate([getattr(p, name).T for p in points])
+    The rows of ``decision``: bandwidth, power, frequency, upload, compute, energy.  ``time`` is the
+    round without the fixed delay, NaN where infeasible.
+    """
 
-    def cells(name: str) -> FloatArray:
-        return np.concatenate([getattr(p, name) for p in points]) if points else np.empty(0)
+    decision: FloatArray
+    time: FloatArray
+    lam: FloatArray
+    mu: FloatArray
+    shortest: FloatArray
+    binding: FloatArray
+    gap: FloatArray
+    violation: FloatArray
 
-    b, z, t, f = (devices(name) for name in ("b", "z", "t", "f"))
-    delay = batch.fixed_delay_s
-    infeasible = np.isnan(cells("time"))
-    # a given round is returned as given: adding the delay back would change its last bit
-    round_s = cells("time") + delay
-    if isinstance(objective, LeastEnergy):
-        round_s = np.where(infeasible, np.nan, target)
-    gain_per_noise = batch.gain / batch.noise_psd_w_per_hz[:, None]
-    power = b * np.expm1(z) / gain_per_noise
-    compute = np.where(batch.work_cycles > 0, batch.work_cycles / f, 0.0 * f)
-    energy = power * t + batch.kappa * batch.work_cycles * f**2 + batch.fixed_energy_j
-    lam, mu = cells("price_of_bandwidth"), cells("price_of_time")
-    shortest = cells("shortest") + delay
+    @staticmethod
+    def joined(parts: list[_Found]) -> _Found:
+        names = [f.name for f in fields(_Found)]
+        return _Found(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
 
-    point = certificate.Primal(
-        bandwidth_hz=b, power_w=power, frequency_hz=f, upload_s=t, round_s=round_s
-    )
-    prices = certificate.Multipliers(bandwidth_j_per_hz=lam, time_w=mu)
-    if isinstance(objective, Shortest):
-        value = round_s
-        bound = certificate.shortest_bound(batch, point, access)
-        gap = _relative(value, bound)
+    def good(self) -> NDArray[np.bool_]:
+        """Return where the certificate is within its tolerances."""
+        result: NDArray[np.bool_] = (np.abs(self.gap) <= GAP_TOLERANCE) & (
+            np.isnan(self.time) | (self.violation <= VIOLATION_TOLERANCE)
+        )
+        return result
+
+    def improve(self, rows: NDArray[np.int64], other: _Found) -> None:
+        """Overwrite ``rows`` by another attempt where it is nearer to its tolerances, or good."""
+        mine = np.maximum(np.abs(self.gap[rows]), 10.0 * self.violation[rows])
+        theirs = np.where(
+            np.isnan(other.time), 0.0, np.maximum(np.abs(other.gap), 10.0 * other.violation)
+        )
+        better = ~(mine <= theirs)
+        for f in fields(self):
+            getattr(self, f.name)[rows[better]] = getattr(other, f.name)[better]
+
+    def allocation(self, batch: Batch, problem: _Problem, target: FloatArray) -> Allocation:
+        """Return the result for the user; ``batch`` and ``target`` give the fixed parts."""
+        infeasible = np.isnan(self.time)
+        round_s = self.time + batch.cell[:, 2]
+        if problem.objective is LeastEnergy:
+            # a given round is returned as given: adding the delay back would change its last bit
+            round_s = np.where(infeasible, np.nan, target) if infeasible.any() else target.copy()
+        status = np.where(self.good(), Status.OPTIMAL, Status.INACCURATE)
+        status = np.where(infeasible, Status.INFEASIBLE, status).astype(np.int8)
+        energy = self.decision[:, 5]
+        return Allocation(
+            bandwidth_hz=self.decision[:, 0],
+            power_w=self.decision[:, 1],
+            frequency_hz=self.decision[:, 2],
+            upload_s=self.decision[:, 3],
+            compute_s=self.decision[:, 4],
+            device_energy_j=energy,
+            energy_j=energy.sum(axis=1),
+            round_s=round_s,
+            price_of_bandwidth_j_per_hz=self.lam,
+            price_of_time_w=self.mu,
+            status=status,
+            shortest_round_s=round_s
+            if problem.objective is Shortest
+            else self.shortest + batch.cell[:, 2],
+            binding_device=np.where(infeasible, self.binding, -1).astype(np.int64),
+            gap=self.gap,
+            violation=self.violation,
+        )
+
+
+def _solve_piece(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
+    """Solve by Newton, certify, and search anew for what is not perfect."""
+    if not COMPILED:
+        return _search(batch, problem, target)
+    if problem.access == "tdma":
+        return _search(batch, problem, target)
+    found = _newton(batch, problem, target)
+    rest = np.flatnonzero(~found.good())
+    if rest.size:
+        found.improve(rest, _search(batch.take(rest), problem, target[rest]))
+    return found
+
+
+def _newton(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
+    """Solutions by Newton; what has not converged comes with an infinite gap."""
+    instances = batch.instances
+    decision = np.empty((instances, 6, batch.devices))
+    scalars = np.zeros((instances, newton.SCALARS))
+    if problem.objective is LeastEnergy:
+        newton.least_energy(batch.device, batch.cell, target, decision, scalars)
+    elif problem.objective is Weighted:
+        newton.weighted(batch.device, batch.cell, target, decision, scalars)
+        rest = np.flatnonzero(scalars[:, 0] == 0)
+        if rest.size:
+            _hard_prices(batch.take(rest), target[rest], rest, decision, scalars)
     else:
-        value = certificate.variable_energy(batch, point)
-        weight = target if isinstance(objective, Weighted) else None
-        if weight is not None:
-            value = value + weight * round_s
-        bound = certificate.energy_bound(batch, point, prices, weight, access)
-        gap = _relative(value, bound)
-        corner = (np.abs(gap) > GAP_TOLERANCE) & _at_full_power(batch, point)
-        if access == "fdma" and corner.any():
-            late = certificate.shortest_bound(batch, point, access)
-            edge = _relative(round_s, late)
-            gap = np.where(corner & (np.abs(edge) <= 1e-9), edge, gap)
-    worst = certificate.violation(batch, point, access)
+        newton.shortest(batch.device, batch.cell, decision, scalars)
+    converged = scalars[:, 0] > 0
+    missing = np.full(instances, np.nan)
+    time, lam = scalars[:, 1], scalars[:, 2]
+    gap, violation = _certificate(batch, problem, target, decision, time, lam, scalars[:, 3])
+    if not converged.all():
+        gap = np.where(converged, gap, np.inf)
+        violation = np.where(converged, violation, np.inf)
+    return _Found(
+        decision=decision,
+        time=time,
+        lam=lam,
+        mu=scalars[:, 3],
+        shortest=missing,
+        binding=missing.copy(),
+        gap=gap,
+        violation=violation,
+    )
+
+
+def _hard_prices(
+    batch: Batch,
+    price: FloatArray,
+    rows: NDArray[np.int64],
+    decision: FloatArray,
+    scalars: FloatArray,
+) -> None:
+    """Overwrite ``rows``: the shortest round where time is that dear, else by a bracketed search.
+
+    Any price of bandwidth above the least one supports that round too, and at a fixed point
+    ``dmu_k/dlog lam = mu_k + P_k``: so the wanted price of time is met exactly.
+    """
+    points = np.empty((rows.size, 6, batch.devices))
+    edge = np.zeros((rows.size, newton.SCALARS))
+    newton.shortest(batch.device, batch.cell, points, edge)
+    stop = (edge[:, 0] > 0) & (edge[:, 3] <= price)
+    edge[:, 2] *= 1.0 + (price - edge[:, 3]) / edge[:, 4]
+    edge[:, 3] = price
+    go = np.flatnonzero((edge[:, 0] > 0) & ~stop)
+    if go.size:
+        part = batch.take(go)
+        inner = np.empty((go.size, 6, batch.devices))
+        scalar = np.zeros((go.size, newton.SCALARS))
+        newton.weighted_carefully(part.device, part.cell, price[go], edge[go, 1], inner, scalar)
+        points[go], edge[go] = inner, scalar
+    decision[rows] = points
+    scalars[rows] = edge
+    scalars[rows, 0] = stop
+    scalars[rows[go], 0] = edge[go, 0]
+
+
+def _search(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
+    """Solutions by bracketed searches in plain numpy: slow, and stopped by nothing."""
+    # so many devices at once that the working arrays stay in the cache
+    size = max(1, _CHUNK // batch.devices)
+    pieces = [slice(i, i + size) for i in range(0, batch.instances, size)]
+    if len(pieces) > 1:
+        return _Found.joined([_search(batch.take(r), problem, target[r]) for r in pieces])
+    point = _solve_rows(batch, problem, target)
+    b, z, t, f = point.b.T, point.z.T, point.t.T, point.f.T
+    work = batch.work_cycles
+    power = b * np.expm1(z) * batch.noise_psd_w_per_hz[:, None] / batch.gain
+    compute = np.where(work > 0, work / f, 0.0 * f)
+    energy = power * t + batch.kappa * work * f**2 + batch.fixed_energy_j
+    decision = np.stack([b, power, f, t, compute, energy], axis=1)
+    gap, worst = _certificate(
+        batch, problem, target, decision, point.time, point.price_of_bandwidth, point.price_of_time
+    )
+    infeasible = np.isnan(point.time)
     if infeasible.any():
-        gap[infeasible] = _infeasible_gap(batch, shortest, access, np.flatnonzero(infeasible))
-    good = (np.abs(gap) <= GAP_TOLERANCE) & (infeasible | (worst <= VIOLATION_TOLERANCE))
-    status = np.where(good, Status.OPTIMAL, Status.INACCURATE)
-    status = np.where(infeasible, Status.INFEASIBLE, status).astype(np.int8)
-    binding = cells("binding").astype(np.int64)
-    return Allocation(
-        bandwidth_hz=b,
-        power_w=power,
-        frequency_hz=f,
-        upload_s=t,
-        compute_s=compute,
-        device_energy_j=energy,
-        energy_j=energy.sum(axis=1),
-        round_s=round_s,
-        price_of_bandwidth_j_per_hz=lam,
-        price_of_time_w=mu,
-        status=status,
-        shortest_round_s=round_s if isinstance(objective, Shortest) else shortest,
-        binding_device=np.where(infeasible, binding, -1),
+        shortest = point.shortest + batch.fixed_delay_s
+        rows = np.flatnonzero(infeasible)
+        gap[rows] = _infeasible_gap(batch, shortest, problem.access, rows)
+    return _Found(
+        decision=decision,
+        time=point.time,
+        lam=point.price_of_bandwidth,
+        mu=point.price_of_time,
+        shortest=point.shortest if problem.objective is LeastEnergy else np.nan * point.time,
+        binding=point.binding.astype(float),
         gap=gap,
         violation=np.where(infeasible, np.nan, worst),
     )
 
 
-def _at_full_power(batch: Batch, point: certificate.Primal) -> NDArray[np.bool_]:
-    """True where every device that uploads has full power and full frequency.
+def _solve_rows(batch: Batch, problem: _Problem, target: FloatArray) -> fdma.Point:
+    everything = slice(None)
+    if problem.access == "tdma":
+        slots = tdma.TdmaCell(batch, everything)
+        if problem.objective is LeastEnergy:
+            return tdma.least_energy(slots, target - batch.fixed_delay_s)
+        return (
+            tdma.weighted(slots, target) if problem.objective is Weighted else tdma.shortest(slots)
+        )
+    cell = fdma.Cell(batch, everything)
+    if problem.objective is LeastEnergy:
+        return fdma.least_energy(cell, target - batch.fixed_delay_s)
+    return fdma.weighted(cell, target) if problem.objective is Weighted else fdma.shortest(cell)
 
-    At the shortest round that is the only feasible point, while the price of time may be so high
-    that the energy bound drowns in rounding: the bound on the round then settles the matter.
-    """
-    power = point.power_w >= (1.0 - 1e-9) * batch.power_max_w
-    speed = (point.frequency_hz >= (1.0 - 1e-9) * batch.frequency_max_hz) | (batch.work_cycles == 0)
-    live = batch.payload_bit > 0
-    result: NDArray[np.bool_] = ((power & speed) | ~live).all(1) & live.any(1)
-    return result
 
-
-def _relative(value: FloatArray, bound: FloatArray) -> FloatArray:
-    """Relative gap; 0 where both vanish."""
-    scale = np.where(value != 0, np.abs(value), 1.0)
-    return np.asarray((value - bound) / scale, dtype=np.float64)
+def _certificate(
+    batch: Batch,
+    problem: _Problem,
+    target: FloatArray,
+    decision: FloatArray,
+    time: FloatArray,
+    lam: FloatArray,
+    mu: FloatArray,
+) -> tuple[FloatArray, FloatArray]:
+    """Return the relative duality gap and the largest violation of a point, [instance] each."""
+    point = certificate.Primal.packed(decision, time + batch.cell[:, 2])
+    worst = certificate.violation(batch, point, problem.access)
+    if problem.objective is Shortest:
+        return certificate.shortest_gap(batch, point, problem.access), worst
+    price = target if problem.objective is Weighted else None
+    if price is None:
+        # as given: adding the delay back would change its last bit
+        point.round_s = np.where(np.isnan(time), np.nan, target)
+    prices = certificate.Multipliers(bandwidth_j_per_hz=lam, time_w=mu)
+    return certificate.energy_gap(batch, point, prices, price, problem.access), worst
 
 
 def _infeasible_gap(
@@ -262,6 +392,5 @@ def _infeasible_gap(
     """Gap of the shortest round of infeasible instances, by solving for it anew."""
     part = batch.take(rows)
     found = solve(part, Shortest(), access)
-    return _relative(shortest[rows], found.round_s * (1.0 - found.gap)) + np.where(
-        found.violation > VIOLATION_TOLERANCE, np.inf, 0.0
-    )
+    gap = 1.0 - found.round_s * (1.0 - found.gap) / shortest[rows]
+    return gap + np.where(found.violation > VIOLATION_TOLERANCE, np.inf, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +66,11 @@ def parts(batch, result):
     return point, prices
 
 
+def changed(point, **change):
+    names = ("bandwidth_hz", "power_w", "frequency_hz", "upload_s", "round_s")
+    return certificate.Primal(**{**{n: getattr(point, n) for n in names}, **change})
+
+
 def relative_gap(batch, point, prices, price=None, access="fdma"):
     value = certificate.variable_energy(batch, point)
     if price is not None:
@@ -100,9 +105,9 @@ def test_a_feasible_but_worse_point_opens_the_gap():
     b[:, 1] -= shift
     z = batch.payload_bit * np.log(2) / (b * point.upload_s)
     power = b * np.expm1(z) * batch.noise_psd_w_per_hz[:, None] / batch.gain
-    moved = replace(point, bandwidth_hz=b, power_w=power)
+    moved = changed(point, bandwidth_hz=b, power_w=power)
     assert (relative_gap(batch, moved, prices) > 1e-9).all()
-    slower = replace(point, frequency_hz=1.01 * point.frequency_hz)
+    slower = changed(point, frequency_hz=1.01 * point.frequency_hz)
     assert (relative_gap(batch, slower, prices) > 1e-4).any()
 
 
@@ -114,9 +119,8 @@ def test_any_changed_decision_is_seen_as_a_violation(name):
     assert certificate.violation(batch, point, "fdma").max() < 1e-9
     wrong = [0.999, 1.001] if name in ("bandwidth_hz", "upload_s") else [0.999]
     for factor in wrong:
-        bad = replace(point, **{name: factor * getattr(point, name)})
+        bad = changed(point, **{name: factor * getattr(point, name)})
         assert (certificate.violation(batch, bad, "fdma") > 1e-6).all(), (name, factor)
-    assert {f.name for f in fields(point)} >= {name}
 
 
 def test_bound_of_the_shortest_round_moves_away_from_a_worse_point():
@@ -125,7 +129,7 @@ def test_bound_of_the_shortest_round_moves_away_from_a_worse_point():
     value = point.round_s
     bound = certificate.shortest_bound(batch, point, "fdma")
     assert np.abs(1 - bound / value).max() < 1e-9
-    late = replace(point, upload_s=1.05 * point.upload_s)
+    late = changed(point, upload_s=1.05 * point.upload_s)
     assert (certificate.shortest_bound(batch, late, "fdma") < bound * (1 - 1e-7)).any()
 
 
