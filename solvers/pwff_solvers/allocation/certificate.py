@@ -170,7 +170,7 @@ def _energy_terms(
     payload: Any, work: Any, gain: Any, power_max: Any, f_min: Any, f_max: Any, kappa: Any,
     b: Any, p: Any, f: Any, t: Any, band: Any, noise: Any, lam: Any, idle_mu: Any,
 ) -> Any:  # fmt: skip
-    """A device's part of the dual bound, its price of time and its variable energy."""
+    """A device's part of the dual bound, its price of time, its energy and the least there is."""
     live = payload > 0.0
     a = select(live, payload * _LN2, 1.0)
     b = select(live, b, 1.0)
@@ -190,7 +190,8 @@ def _energy_terms(
     part = b * t1 * expm1 / g + nu * over + lam * b + mu * t1 + _box1(gradient, b, band - b)
     mu = select(live, mu, idle_mu)
     part = select(live, part, 0.0) + _least_compute1(work, kappa, f_min, f_max, mu)
-    return part, mu, p * t + kappa * work * f * f
+    least = select(live, a / g, 0.0) + kappa * work * f_min * f_min  # at leisure
+    return part, mu, p * t + kappa * work * f * f, least
 
 
 @kernel
@@ -244,9 +245,10 @@ def _shortest_terms(
 def _sum_energy(device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any) -> Any:
     """Return the sums of :func:`_energy_terms`, [instance] each."""
     instances, _, devices = device.shape
-    part, mu, energy = np.empty(instances), np.empty(instances), np.empty(instances)
-    terms = np.empty((3, devices))
-    one, two, three = terms[0], terms[1], terms[2]
+    part, mu = np.empty(instances), np.empty(instances)
+    energy, least = np.empty(instances), np.empty(instances)
+    terms = np.empty((4, devices))
+    one, two, three, four = terms[0], terms[1], terms[2], terms[3]
     idle = np.zeros(devices)
     for i in range(instances):
         d, q = device[i], point[i]
@@ -255,12 +257,12 @@ def _sum_energy(device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any) -> A
         if idle_mu.shape[0] > 0:
             idle = idle_mu[i]
         for k in range(devices):
-            one[k], two[k], three[k] = _energy_terms(
+            one[k], two[k], three[k], four[k] = _energy_terms(
                 s_[k], c_[k], h_[k], p_[k], l_[k], u_[k], k_[k], b_[k], w_[k], f_[k], t_[k],
                 cell[i, 0], cell[i, 1], lam[i], idle[k],
             )  # fmt: skip
-        part[i], mu[i], energy[i] = one.sum(), two.sum(), three.sum()
-    return part, mu, energy
+        part[i], mu[i], energy[i], least[i] = one.sum(), two.sum(), three.sum(), four.sum()
+    return part, mu, energy, least
 
 
 @entry
@@ -323,11 +325,11 @@ if not COMPILED:
     def _sum_energy(device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any) -> Any:
         band, noise = cell[:, 0, None], cell[:, 1, None]
         idle = idle_mu if idle_mu.shape[0] else 0.0
-        part, mu, energy = _energy_terms(
+        part, mu, energy, least = _energy_terms(
             *(device[:, j] for j in range(7)), *(point[:, j] for j in range(4)),
             band, noise, lam[:, None], idle,
         )  # fmt: skip
-        return part.sum(1), mu.sum(1), energy.sum(1)
+        return part.sum(1), mu.sum(1), energy.sum(1), least.sum(1)
 
     def _worst_violation(device: Any, cell: Any, point: Any, time: Any, tdma: bool) -> Any:
         order = (0, 1, 2, 3, 7, 4, 5)
@@ -503,17 +505,18 @@ def _fdma_energy(
     decision, lam = point.decision, multipliers.bandwidth_j_per_hz
     time = point.round_s - batch.cell[:, 2]
     wanted = np.zeros_like(lam) if price is None else price
-    part, mu, energy = _sum_energy(batch.device, batch.cell, decision, lam, _NONE)
+    part, mu, energy, least = _sum_energy(batch.device, batch.cell, decision, lam, _NONE)
     idle = (batch.device[:, 0] == 0) & (batch.device[:, 1] > 0)
     if idle.any():
         left = (wanted - mu)[:, None]
         idle_mu = _computing_prices(batch, point.frequency_hz, time[:, None], idle, left)
-        part, mu, energy = _sum_energy(batch.device, batch.cell, decision, lam, idle_mu)
+        part, mu, energy, least = _sum_energy(batch.device, batch.cell, decision, lam, idle_mu)
     bound: FloatArray = part - lam * batch.cell[:, 0]
     if price is None:
         return bound - mu * time, energy
-    # T is free: what mu leaves of w is charged at the least or at the largest T worth a thought
-    most = (energy + wanted * time) / wanted
+    # T is free: what mu leaves of w is charged at the least or at the largest T worth a thought,
+    # which saves no more energy than there is to save
+    most = time + np.maximum(energy - least, 0.0) / wanted
     left = wanted - mu
     left = left * np.where(left >= 0, _earliest(batch), most)
     return bound + left + wanted * batch.cell[:, 2], energy

@@ -262,6 +262,9 @@ def _newton(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
             _hard_prices(batch.take(rest), target[rest], rest, decision, scalars)
     else:
         newton.shortest(batch.device, batch.cell, decision, scalars)
+        rest = np.flatnonzero(scalars[:, 0] == 0)
+        if rest.size:
+            _idle_last(batch.take(rest), rest, decision, scalars)
     converged = scalars[:, 0] > 0
     missing = np.full(instances, np.nan)
     time, lam = scalars[:, 1], scalars[:, 2]
@@ -279,6 +282,18 @@ def _newton(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
         gap=gap,
         violation=violation,
     )
+
+
+def _idle_last(
+    batch: Batch, rows: NDArray[np.int64], decision: FloatArray, scalars: FloatArray
+) -> None:
+    """Overwrite ``rows``: a device without payload ends last, the others have time to spare."""
+    fast = np.where(batch.payload_bit > 0, 0.0, batch.work_cycles / batch.frequency_max_hz)
+    points = np.empty((rows.size, 6, batch.devices))
+    found = np.zeros((rows.size, newton.SCALARS))
+    newton.least_energy(batch.device, batch.cell, fast.max(1) + batch.cell[:, 2], points, found)
+    found[:, 1] = fast.max(1)
+    decision[rows], scalars[rows] = points, found
 
 
 def _hard_prices(
