@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,7 +61,8 @@ def _check(name: str, array: FloatArray, rule: _Rule) -> None:
 def per_instance(name: str, value: ArrayLike, instances: int) -> FloatArray:
     """Check a positive quantity and broadcast it to [instance]."""
     array = _array(name, value)
-    if not (array > 0).all() or not (array < np.inf).all():
+    # of one number in one step, for the sake of the single online decision
+    if not (array.size == 1 and 0.0 < array.item() < np.inf):
         _check(name, array, _POSITIVE)
     if array.ndim > 1 or (array.ndim == 1 and array.size not in (1, instances)):
         raise InvalidInputError(
@@ -273,10 +275,27 @@ def _check_order(low: FloatArray, high: FloatArray, low_name: str, high_name: st
 
 def _common_shape(arrays: list[FloatArray]) -> tuple[int, int]:
     """Shape [instance, device] that every argument broadcasts to."""
+    devices, instances = 1, 1
+    for number, array in enumerate(arrays):
+        shape = array.shape
+        if not shape:
+            continue
+        mine = (1, *shape)[-2:] if number < len(_DEVICE) else (shape[0], devices)
+        if len(shape) > (2 if number < len(_DEVICE) else 1):
+            _complain_shapes(arrays)
+        if mine[1] != devices and mine[1] != 1:
+            devices = mine[1] if devices == 1 else _complain_shapes(arrays)
+        if mine[0] != instances and mine[0] != 1:
+            instances = mine[0] if instances == 1 else _complain_shapes(arrays)
+    if devices == 0:
+        _complain_shapes(arrays)
+    return instances, devices
+
+
+def _complain_shapes(arrays: list[FloatArray]) -> NoReturn:
+    """Raise for the first shape that does not fit those before it."""
     first: dict[str, tuple[int, str]] = {}
     for number, array in enumerate(arrays):
-        if array.ndim == 0:
-            continue
         name = _NAMES[number]
         limit = 2 if number < len(_DEVICE) else 1
         if array.ndim > limit:
@@ -286,15 +305,12 @@ def _common_shape(arrays: list[FloatArray]) -> tuple[int, int]:
             )
         axes = ("instance", "device") if limit == 2 else ("instance",)
         for axis, size in zip(axes[limit - array.ndim :], array.shape, strict=True):
-            if size == 1:
-                continue
-            known = first.setdefault(axis, (size, name))
+            if axis == "device" and size == 0:
+                raise InvalidInputError(f"{name} must have at least one device, got 0")
+            known = first.setdefault(axis, (size, name)) if size != 1 else (1, name)
             if known[0] != size:
                 raise InvalidInputError(
                     f"{name} must have {known[0]} along the {axis} axis like {known[1]}, "
                     f"got shape {list(array.shape)}"
                 )
-    devices = first.get("device", (1, ""))[0]
-    if devices == 0:
-        raise InvalidInputError(f"{first['device'][1]} must have at least one device, got 0")
-    return first.get("instance", (1, ""))[0], devices
+    raise AssertionError("the shapes fit after all")

@@ -42,10 +42,13 @@ from pwff_solvers.allocation.elementary import (
 )
 
 __all__ = [
+    "GAP_TOLERANCE",
+    "VIOLATION_TOLERANCE",
     "Multipliers",
     "Primal",
     "energy_bound",
     "energy_gap",
+    "judge",
     "shortest_bound",
     "shortest_gap",
     "variable_energy",
@@ -54,8 +57,9 @@ __all__ = [
 
 
 _LN2 = math.log(2.0)
-DOUBT = 1e-8
-"""Energy gaps above this are looked at again at the shortest round."""
+# What a point must keep to be called optimal.
+GAP_TOLERANCE = 1e-8
+VIOLATION_TOLERANCE = 1e-9
 
 
 class Primal:
@@ -170,7 +174,10 @@ def _energy_terms(
     payload: Any, work: Any, gain: Any, power_max: Any, f_min: Any, f_max: Any, kappa: Any,
     b: Any, p: Any, f: Any, t: Any, band: Any, noise: Any, lam: Any, idle_mu: Any,
 ) -> Any:  # fmt: skip
-    """A device's part of the dual bound, its price of time, its energy and the least there is."""
+    """A device's part of the dual bound, its price of time, its energy, and the least of each.
+
+    The last two are the energy at leisure and the time at full power in unlimited bandwidth.
+    """
     live = payload > 0.0
     a = select(live, payload * _LN2, 1.0)
     b = select(live, b, 1.0)
@@ -191,7 +198,8 @@ def _energy_terms(
     mu = select(live, mu, idle_mu)
     part = select(live, part, 0.0) + _least_compute1(work, kappa, f_min, f_max, mu)
     least = select(live, a / g, 0.0) + kappa * work * f_min * f_min  # at leisure
-    return part, mu, p * t + kappa * work * f * f, least
+    first = select(live, a / (power_max * g), 0.0) + work / f_max
+    return part, mu, p * t + kappa * work * f * f, least, first
 
 
 @kernel
@@ -238,100 +246,190 @@ def _shortest_terms(
     return select(live, ratio, 0.0), select(live, part, 0.0), alone
 
 
+# --- what the sums over devices amount to ----------------------------------------------------------
+
+
+@kernel
+def _energy_bound_of(
+    part: Any, mu: Any, energy: Any, least: Any, first: Any, lam: Any, band: Any, time: Any, price: Any
+) -> Any:  # fmt: skip
+    """Return the bound on the energy, or on energy + price x T where there is a price.
+
+    Then T is free: what mu leaves of the price is charged at the least T there is, or at the largest
+    worth a thought, which saves no more energy than there is to save.
+    """
+    bound = part - lam * band
+    left = price - mu
+    saving = select(energy > least, energy - least, 0.0)
+    most = time + saving / select(price > 0.0, price, 1.0)
+    free = bound + left * select(left >= 0.0, first, most)
+    return select(price > 0.0, free, bound - mu * time)
+
+
+@kernel
+def _shortest_bound_of(ratio: Any, part: Any, alone: Any, band: Any) -> Any:
+    """Return the bound on the shortest time; no device can beat what it does with the whole band."""
+    bound = select(ratio > 0.0, (part - band) / select(ratio > 0.0, ratio, 1.0), alone)
+    return select(bound > alone, bound, alone)
+
+
+@kernel
+def _gap_of(value: Any, bound: Any) -> Any:
+    """Relative gap; 0 where both vanish."""
+    return (value - bound) / select(value != 0.0, abs(value), 1.0)
+
+
 # --- one call for a batch: loops where numba compiles them, whole arrays elsewhere ----------------
 
 
+@kernel
+def _energy_of(
+    d: Any, q: Any, cell: Any, lam: Any, idle: Any, time: Any, price: Any, s: Any
+) -> Any:
+    """Bound, price of time and energy of one instance; ``s`` is room for the terms."""
+    one, two, three, four, five = s[0], s[1], s[2], s[3], s[4]
+    s_, c_, h_, p_, l_, u_, k_ = d[0], d[1], d[2], d[3], d[4], d[5], d[6]
+    b_, w_, f_, t_ = q[0], q[1], q[2], q[3]
+    band, noise = cell[0], cell[1]
+    for k in range(one.size):
+        one[k], two[k], three[k], four[k], five[k] = _energy_terms(
+            s_[k], c_[k], h_[k], p_[k], l_[k], u_[k], k_[k], b_[k], w_[k], f_[k], t_[k],
+            band, noise, lam, idle[k],
+        )  # fmt: skip
+    mu, energy = two.sum(), three.sum()
+    bound = _energy_bound_of(one.sum(), mu, energy, four.sum(), five.max(), lam, band, time, price)
+    return bound, mu, energy
+
+
+@kernel
+def _shortest_of(d: Any, q: Any, cell: Any, s: Any) -> Any:
+    """Bound on the shortest time of one instance."""
+    one, two, three = s[0], s[1], s[2]
+    s_, c_, h_, p_, u_ = d[0], d[1], d[2], d[3], d[5]
+    b_, t_ = q[0], q[3]
+    band, noise = cell[0], cell[1]
+    for k in range(one.size):
+        one[k], two[k], three[k] = _shortest_terms(
+            s_[k], c_[k], h_[k], p_[k], u_[k], b_[k], t_[k], band, noise
+        )
+    return _shortest_bound_of(one.sum(), two.sum(), three.max(), band)
+
+
+@kernel
+def _violation_of(d: Any, q: Any, cell: Any, time: Any, tdma: Any, s: Any) -> Any:
+    """Largest violation in one instance, the cell's own limits included."""
+    one, two, three = s[0], s[1], s[2]
+    s_, c_, h_, p_, m_, l_, u_ = d[0], d[1], d[2], d[3], d[7], d[4], d[5]
+    b_, w_, f_, t_ = q[0], q[1], q[2], q[3]
+    noise = cell[1]
+    for k in range(one.size):
+        one[k], two[k], three[k] = _violation_terms(
+            s_[k], c_[k], h_[k], p_[k], m_[k], l_[k], u_[k], b_[k], w_[k], f_[k], t_[k], noise
+        )
+    most = 0.0
+    wait = 0.0
+    end = 0.0
+    band = 0.0
+    wide = 0.0
+    for k in range(one.size):
+        most = _worse1(most, one[k])
+        wait = _worse1(wait, two[k])
+        end = _worse1(end, three[k])
+        band += b_[k]
+        wide = _worse1(wide, b_[k])
+    if tdma:
+        end = wait + t_.sum()
+        band = wide
+    most = _worse1(most, band / cell[0] - 1.0)
+    late = end / time - 1.0 if time > 0.0 else np.inf
+    return _worse1(most, late if end > 0.0 else 0.0)
+
+
 @entry
-def _sum_energy(device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any) -> Any:
-    """Return the sums of :func:`_energy_terms`, [instance] each."""
+def _energies(
+    device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any, time: Any, price: Any
+) -> Any:
+    """Return the bounds, prices of time and energies of a batch, [instance] each."""
     instances, _, devices = device.shape
-    part, mu = np.empty(instances), np.empty(instances)
-    energy, least = np.empty(instances), np.empty(instances)
-    terms = np.empty((4, devices))
-    one, two, three, four = terms[0], terms[1], terms[2], terms[3]
+    bound, mu, energy = np.empty(instances), np.empty(instances), np.empty(instances)
+    room = np.empty((5, devices))
     idle = np.zeros(devices)
     for i in range(instances):
-        d, q = device[i], point[i]
-        s_, c_, h_, p_, l_, u_, k_ = d[0], d[1], d[2], d[3], d[4], d[5], d[6]
-        b_, w_, f_, t_ = q[0], q[1], q[2], q[3]
         if idle_mu.shape[0] > 0:
             idle = idle_mu[i]
-        for k in range(devices):
-            one[k], two[k], three[k], four[k] = _energy_terms(
-                s_[k], c_[k], h_[k], p_[k], l_[k], u_[k], k_[k], b_[k], w_[k], f_[k], t_[k],
-                cell[i, 0], cell[i, 1], lam[i], idle[k],
-            )  # fmt: skip
-        part[i], mu[i], energy[i], least[i] = one.sum(), two.sum(), three.sum(), four.sum()
-    return part, mu, energy, least
+        bound[i], mu[i], energy[i] = _energy_of(
+            device[i], point[i], cell[i], lam[i], idle, time[i], price[i], room
+        )
+    return bound, mu, energy
 
 
 @entry
-def _worst_violation(device: Any, cell: Any, point: Any, time: Any, tdma: bool) -> Any:
-    """Return the largest of :func:`_violation_terms` and of the cell's own limits, [instance]."""
-    instances, _, devices = device.shape
-    worst = np.empty(instances)
-    terms = np.empty((3, devices))
-    one, two, three = terms[0], terms[1], terms[2]
-    for i in range(instances):
-        d, q = device[i], point[i]
-        s_, c_, h_, p_, m_, l_, u_ = d[0], d[1], d[2], d[3], d[7], d[4], d[5]
-        b_, w_, f_, t_ = q[0], q[1], q[2], q[3]
-        for k in range(devices):
-            one[k], two[k], three[k] = _violation_terms(
-                s_[k], c_[k], h_[k], p_[k], m_[k], l_[k], u_[k], b_[k], w_[k], f_[k], t_[k],
-                cell[i, 1],
-            )  # fmt: skip
-        most = 0.0
-        wait = 0.0
-        end = 0.0
-        band = 0.0
-        wide = 0.0
-        for k in range(devices):
-            most = _worse1(most, one[k])
-            wait = _worse1(wait, two[k])
-            end = _worse1(end, three[k])
-            band += b_[k]
-            wide = _worse1(wide, b_[k])
-        if tdma:
-            end = wait + t_.sum()
-            band = wide
-        most = _worse1(most, band / cell[i, 0] - 1.0)
-        late = end / time[i] - 1.0 if time[i] > 0.0 else np.inf
-        worst[i] = _worse1(most, late if end > 0.0 else 0.0)
+def _violations(device: Any, cell: Any, point: Any, time: Any, tdma: bool) -> Any:
+    """Return the largest violations of a batch, [instance]."""
+    worst = np.empty(device.shape[0])
+    room = np.empty((3, device.shape[2]))
+    for i in range(worst.size):
+        worst[i] = _violation_of(device[i], point[i], cell[i], time[i], tdma, room)
     return worst
 
 
 @entry
-def _sum_shortest(device: Any, cell: Any, point: Any) -> Any:
-    """Return the sums (the last one: the largest) of :func:`_shortest_terms`, [instance] each."""
+def _shortests(device: Any, cell: Any, point: Any) -> Any:
+    """Return the bounds on the shortest times of a batch, [instance]."""
+    bound = np.empty(device.shape[0])
+    room = np.empty((3, device.shape[2]))
+    for i in range(bound.size):
+        bound[i] = _shortest_of(device[i], point[i], cell[i], room)
+    return bound
+
+
+@entry
+def judge(device: Any, cell: Any, point: Any, time: Any, lam: Any, target: Any, kind: int) -> Any:
+    """Return gap, violation and energy of FDMA points in one go, [instance] each.
+
+    ``kind`` is 0 for the shortest round, 1 for least energy, 2 for a price of time (``target``).
+    Devices that only compute count as if their time had no price, which can but lower the bound.
+    """
     instances, _, devices = device.shape
-    ratio, part, alone = np.empty(instances), np.empty(instances), np.empty(instances)
-    terms = np.empty((3, devices))
-    one, two, three = terms[0], terms[1], terms[2]
+    gap, worst, total = np.empty(instances), np.empty(instances), np.empty(instances)
+    room = np.empty((5, devices))
+    idle = np.zeros(devices)
     for i in range(instances):
-        d, q = device[i], point[i]
-        s_, c_, h_, p_, u_ = d[0], d[1], d[2], d[3], d[5]
-        b_, t_ = q[0], q[3]
-        for k in range(devices):
-            one[k], two[k], three[k] = _shortest_terms(
-                s_[k], c_[k], h_[k], p_[k], u_[k], b_[k], t_[k], cell[i, 0], cell[i, 1]
-            )
-        ratio[i], part[i], alone[i] = one.sum(), two.sum(), three.max()
-    return ratio, part, alone
+        d, q, c = device[i], point[i], cell[i]
+        worst[i] = _violation_of(d, q, c, time[i], False, room)
+        total[i] = q[5].sum()
+        if kind == 0:
+            value = time[i] + c[2]
+            gap[i] = _gap_of(value, _shortest_of(d, q, c, room) + c[2])
+        else:
+            price = target[i] if kind == 2 else 0.0
+            bound, _, energy = _energy_of(d, q, c, lam[i], idle, time[i], price, room)
+            value = energy + price * (time[i] + c[2])
+            gap[i] = _gap_of(value, bound + price * c[2])
+    perfect = True
+    for i in range(instances):
+        perfect = perfect and abs(gap[i]) <= GAP_TOLERANCE and worst[i] <= VIOLATION_TOLERANCE
+    return gap, worst, total, perfect
 
 
 if not COMPILED:
 
-    def _sum_energy(device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any) -> Any:
+    def _energies(
+        device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any, time: Any, price: Any
+    ) -> Any:
         band, noise = cell[:, 0, None], cell[:, 1, None]
         idle = idle_mu if idle_mu.shape[0] else 0.0
-        part, mu, energy, least = _energy_terms(
+        part, mu, energy, least, first = _energy_terms(
             *(device[:, j] for j in range(7)), *(point[:, j] for j in range(4)),
             band, noise, lam[:, None], idle,
         )  # fmt: skip
-        return part.sum(1), mu.sum(1), energy.sum(1), least.sum(1)
+        mu, energy = mu.sum(1), energy.sum(1)
+        bound = _energy_bound_of(
+            part.sum(1), mu, energy, least.sum(1), first.max(1), lam, cell[:, 0], time, price
+        )
+        return bound, mu, energy
 
-    def _worst_violation(device: Any, cell: Any, point: Any, time: Any, tdma: bool) -> Any:
+    def _violations(device: Any, cell: Any, point: Any, time: Any, tdma: bool) -> Any:
         order = (0, 1, 2, 3, 7, 4, 5)
         worst, wait, end = _violation_terms(
             *(device[:, j] for j in order), *(point[:, j] for j in range(4)), cell[:, 1, None]
@@ -341,13 +439,13 @@ if not COMPILED:
         late = np.where(last > 0, np.where(time > 0, last / time - 1.0, np.inf), 0.0)
         return np.maximum.reduce([worst.max(1), band / cell[:, 0] - 1.0, late, 0.0 * late])
 
-    def _sum_shortest(device: Any, cell: Any, point: Any) -> Any:
+    def _shortests(device: Any, cell: Any, point: Any) -> Any:
         order = (0, 1, 2, 3, 5)
+        band, noise = cell[:, 0, None], cell[:, 1, None]
         ratio, part, alone = _shortest_terms(
-            *(device[:, j] for j in order), point[:, 0], point[:, 3], cell[:, 0, None],
-            cell[:, 1, None],
-        )  # fmt: skip
-        return ratio.sum(1), part.sum(1), alone.max(1)
+            *(device[:, j] for j in order), point[:, 0], point[:, 3], band, noise
+        )
+        return _shortest_bound_of(ratio.sum(1), part.sum(1), alone.max(1), cell[:, 0])
 
 
 def _psi(z: FloatArray) -> FloatArray:
@@ -468,9 +566,9 @@ def energy_gap(
         bound, value = _fdma_energy(batch, point, multipliers, price_of_time_w)
     if price_of_time_w is not None:
         value = value + price_of_time_w * point.round_s
-    gap = _relative(value, bound)
+    gap = (value - bound) / np.where(value != 0, np.abs(value), 1.0)
     if access == "fdma":
-        doubtful = np.abs(gap) > DOUBT
+        doubtful = np.abs(gap) > GAP_TOLERANCE
         if doubtful.any():
             edge = shortest_gap(batch, point, access)
             corner = doubtful & _at_full_power(batch, point) & (np.abs(edge) <= 1e-9)
@@ -480,12 +578,9 @@ def energy_gap(
 
 def shortest_gap(batch: Batch, point: Primal, access: str) -> FloatArray:
     """Return the relative gap of :func:`shortest_bound`, [instance]."""
-    return _relative(point.round_s, shortest_bound(batch, point, access))
-
-
-def _relative(value: FloatArray, bound: FloatArray) -> FloatArray:
-    """Relative gap; 0 where both vanish."""
-    return np.asarray((value - bound) / np.where(value != 0, np.abs(value), 1.0))
+    value = point.round_s
+    bound = shortest_bound(batch, point, access)
+    return np.asarray((value - bound) / np.where(value != 0, value, 1.0))
 
 
 def _at_full_power(batch: Batch, point: Primal) -> NDArray[np.bool_]:
@@ -502,35 +597,26 @@ def _fdma_energy(
     batch: Batch, point: Primal, multipliers: Multipliers, price: FloatArray | None
 ) -> tuple[FloatArray, FloatArray]:
     """Return the bound of :func:`energy_bound` and the variable energy [J], [instance] each."""
-    decision, lam = point.decision, multipliers.bandwidth_j_per_hz
-    time = point.round_s - batch.cell[:, 2]
+    lam, time = multipliers.bandwidth_j_per_hz, point.round_s - batch.cell[:, 2]
     wanted = np.zeros_like(lam) if price is None else price
-    part, mu, energy, least = _sum_energy(batch.device, batch.cell, decision, lam, _NONE)
-    idle = (batch.device[:, 0] == 0) & (batch.device[:, 1] > 0)
+
+    def sums(idle_mu: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        result: tuple[FloatArray, FloatArray, FloatArray] = _energies(
+            batch.device, batch.cell, point.decision, lam, idle_mu, time, wanted
+        )
+        return result
+
+    bound, mu, energy = sums(_NONE)
+    idle = (batch.payload_bit == 0) & (batch.work_cycles > 0)
     if idle.any():
         left = (wanted - mu)[:, None]
-        idle_mu = _computing_prices(batch, point.frequency_hz, time[:, None], idle, left)
-        part, mu, energy, least = _sum_energy(batch.device, batch.cell, decision, lam, idle_mu)
-    bound: FloatArray = part - lam * batch.cell[:, 0]
-    if price is None:
-        return bound - mu * time, energy
-    # T is free: what mu leaves of w is charged at the least or at the largest T worth a thought,
-    # which saves no more energy than there is to save
-    most = time + np.maximum(energy - least, 0.0) / wanted
-    left = wanted - mu
-    left = left * np.where(left >= 0, _earliest(batch), most)
-    return bound + left + wanted * batch.cell[:, 2], energy
+        bound, _, energy = sums(
+            _computing_prices(batch, point.frequency_hz, time[:, None], idle, left)
+        )
+    return bound + wanted * batch.cell[:, 2], energy
 
 
 _NONE = np.empty((0, 0))
-
-
-def _earliest(batch: Batch) -> FloatArray:
-    """Return a time [s] that no device can beat whatever its band, [instance]."""
-    least = _LN2 * batch.payload_bit * batch.noise_psd_w_per_hz[:, None]
-    least = least / (batch.power_max_w * batch.gain)
-    ends: FloatArray = (batch.work_cycles / batch.frequency_max_hz + least).max(1)
-    return ends
 
 
 def _tdma_energy_bound(
@@ -587,17 +673,13 @@ def shortest_bound(batch: Batch, point: Primal, access: str) -> FloatArray:
         upload = np.where(live, a / (band * np.log1p(wide / band)), 0.0)
         total: FloatArray = upload.sum(1) + fast.max(1) + delay[:, 0]
         return total
-    ratio, part, alone = _sum_shortest(batch.device, batch.cell, point.decision)
-    eta = 1.0 / np.where(ratio > 0, ratio, 1.0)
-    bound: FloatArray = np.where(ratio > 0, eta * (part - batch.cell[:, 0]), -np.inf)
-    # nor can any device beat what it would do with the whole band to itself
-    result: FloatArray = np.fmax(bound, alone) + batch.cell[:, 2]
-    return result
+    bound: FloatArray = _shortests(batch.device, batch.cell, point.decision)
+    return bound + batch.cell[:, 2]
 
 
 def violation(batch: Batch, point: Primal, access: str) -> FloatArray:
     """Return the largest relative violation of any constraint, [instance]; 0 when none."""
-    result: FloatArray = _worst_violation(
+    result: FloatArray = _violations(
         batch.device,
         batch.cell,
         point.decision,

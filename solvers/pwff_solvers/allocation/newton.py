@@ -29,7 +29,6 @@ import math
 
 import numpy as np
 
-from pwff_solvers.allocation.batch import FloatArray
 from pwff_solvers.allocation.elementary import entry, exp_pair, kernel, log
 
 __all__ = ["LANES", "SCALARS", "least_energy", "shortest", "weighted", "weighted_carefully"]
@@ -698,7 +697,7 @@ def _bracket(block, cell, rows, device, i, low):
         time = cell[_TIME * LANES]
         new = time
         settled += 1
-        if cell[_WORST * LANES] <= 1e-8 and abs(missing) <= 1e-8 * abs(b_l) or settled > 40:
+        if (cell[_WORST * LANES] <= 1e-8 and abs(missing) <= 1e-8 * abs(b_l)) or settled > 40:
             settled = 0
             idle, idle_t = _idle_price(device, i, time)
             m = cell[_M * LANES] + idle

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 from pwff_solvers.allocation import certificate, fdma, newton, tdma
 from pwff_solvers.allocation.allocation import Allocation, Status
 from pwff_solvers.allocation.batch import Batch, FloatArray, per_instance
+from pwff_solvers.allocation.certificate import GAP_TOLERANCE, VIOLATION_TOLERANCE
 from pwff_solvers.allocation.elementary import COMPILED
 from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Objective, Shortest, Weighted
 
 __all__ = ["GAP_TOLERANCE", "VIOLATION_TOLERANCE", "solve"]
 
-GAP_TOLERANCE = 1e-8
-VIOLATION_TOLERANCE = 1e-9
 # About this many devices are searched at once, so that the working arrays stay in the cache.
 _CHUNK = 8192
+_KINDS = {Shortest: 0, LeastEnergy: 1, Weighted: 2}
 # About this many devices make a piece of work for a thread.
 _PIECE = 65536
 
@@ -174,6 +174,7 @@ class _Found:
     """
 
     decision: FloatArray
+    energy: FloatArray
     time: FloatArray
     lam: FloatArray
     mu: FloatArray
@@ -181,10 +182,11 @@ class _Found:
     binding: FloatArray
     gap: FloatArray
     violation: FloatArray
+    perfect: bool = False  # known to be good everywhere
 
     @staticmethod
     def joined(parts: list[_Found]) -> _Found:
-        names = [f.name for f in fields(_Found)]
+        names = [f.name for f in fields(_Found) if f.name != "perfect"]
         return _Found(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
 
     def good(self) -> NDArray[np.bool_]:
@@ -202,26 +204,31 @@ class _Found:
         )
         better = ~(mine <= theirs)
         for f in fields(self):
-            getattr(self, f.name)[rows[better]] = getattr(other, f.name)[better]
+            if f.name != "perfect":
+                getattr(self, f.name)[rows[better]] = getattr(other, f.name)[better]
 
     def allocation(self, batch: Batch, problem: _Problem, target: FloatArray) -> Allocation:
         """Return the result for the user; ``batch`` and ``target`` give the fixed parts."""
-        infeasible = np.isnan(self.time)
-        round_s = self.time + batch.cell[:, 2]
-        if problem.objective is LeastEnergy:
-            # a given round is returned as given: adding the delay back would change its last bit
-            round_s = np.where(infeasible, np.nan, target) if infeasible.any() else target.copy()
-        status = np.where(self.good(), Status.OPTIMAL, Status.INACCURATE)
-        status = np.where(infeasible, Status.INFEASIBLE, status).astype(np.int8)
-        energy = self.decision[:, 5]
+        instances = self.time.size
+        status = np.zeros(instances, dtype=np.int8)
+        binding = np.full(instances, -1, dtype=np.int64)
+        # a given round is returned as given: adding the delay back would change its last bit
+        given = problem.objective is LeastEnergy
+        round_s = target if given else self.time + batch.cell[:, 2]
+        if not self.perfect:
+            infeasible = np.isnan(self.time)
+            binding = np.where(infeasible, self.binding, -1).astype(np.int64)
+            round_s = np.where(infeasible, np.nan, round_s)
+            status[~self.good()] = Status.INACCURATE
+            status[infeasible] = Status.INFEASIBLE
         return Allocation(
             bandwidth_hz=self.decision[:, 0],
             power_w=self.decision[:, 1],
             frequency_hz=self.decision[:, 2],
             upload_s=self.decision[:, 3],
             compute_s=self.decision[:, 4],
-            device_energy_j=energy,
-            energy_j=energy.sum(axis=1),
+            device_energy_j=self.decision[:, 5],
+            energy_j=self.energy,
             round_s=round_s,
             price_of_bandwidth_j_per_hz=self.lam,
             price_of_time_w=self.mu,
@@ -229,7 +236,7 @@ class _Found:
             shortest_round_s=round_s
             if problem.objective is Shortest
             else self.shortest + batch.cell[:, 2],
-            binding_device=np.where(infeasible, self.binding, -1).astype(np.int64),
+            binding_device=binding,
             gap=self.gap,
             violation=self.violation,
         )
@@ -237,51 +244,61 @@ class _Found:
 
 def _solve_piece(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
     """Solve by Newton, certify, and search anew for what is not perfect."""
-    if not COMPILED:
-        return _search(batch, problem, target)
-    if problem.access == "tdma":
+    if not COMPILED or problem.access == "tdma":
         return _search(batch, problem, target)
     found = _newton(batch, problem, target)
+    if found.perfect:
+        return found
     rest = np.flatnonzero(~found.good())
-    if rest.size:
-        found.improve(rest, _search(batch.take(rest), problem, target[rest]))
+    found.improve(rest, _search(batch.take(rest), problem, target[rest]))
     return found
 
 
 def _newton(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
     """Solutions by Newton; what has not converged comes with an infinite gap."""
-    instances = batch.instances
-    decision = np.empty((instances, 6, batch.devices))
+    device, cell = batch.device, batch.cell
+    instances = device.shape[0]
+    decision = np.empty((instances, 6, device.shape[2]))
     scalars = np.zeros((instances, newton.SCALARS))
+    kind = _KINDS[problem.objective]
     if problem.objective is LeastEnergy:
-        newton.least_energy(batch.device, batch.cell, target, decision, scalars)
+        newton.least_energy(device, cell, target, decision, scalars)
     elif problem.objective is Weighted:
-        newton.weighted(batch.device, batch.cell, target, decision, scalars)
-        rest = np.flatnonzero(scalars[:, 0] == 0)
-        if rest.size:
-            _hard_prices(batch.take(rest), target[rest], rest, decision, scalars)
+        newton.weighted(device, cell, target, decision, scalars)
     else:
-        newton.shortest(batch.device, batch.cell, decision, scalars)
-        rest = np.flatnonzero(scalars[:, 0] == 0)
-        if rest.size:
+        newton.shortest(device, cell, decision, scalars)
+    rest = np.flatnonzero(scalars[:, 0] == 0)
+    if rest.size:
+        if problem.objective is Weighted:
+            _hard_prices(batch.take(rest), target[rest], rest, decision, scalars)
+        elif problem.objective is Shortest:
             _idle_last(batch.take(rest), rest, decision, scalars)
-    converged = scalars[:, 0] > 0
+    time, lam, mu = scalars[:, 1], scalars[:, 2], scalars[:, 3]
+    gap, violation, energy, perfect = certificate.judge(
+        device, cell, decision, time, lam, target, kind
+    )
     missing = np.full(instances, np.nan)
-    time, lam = scalars[:, 1], scalars[:, 2]
-    gap, violation = _certificate(batch, problem, target, decision, time, lam, scalars[:, 3])
-    if not converged.all():
-        gap = np.where(converged, gap, np.inf)
-        violation = np.where(converged, violation, np.inf)
-    return _Found(
+    found = _Found(
         decision=decision,
+        energy=energy,
         time=time,
         lam=lam,
-        mu=scalars[:, 3],
+        mu=mu,
         shortest=missing,
-        binding=missing.copy(),
+        binding=missing,
         gap=gap,
         violation=violation,
+        perfect=perfect and not rest.size,
     )
+    if not found.perfect:
+        converged = scalars[:, 0] > 0
+        # prices of devices that only compute, corners: what the quick judge does not know
+        rest = np.flatnonzero(~found.good() & converged)
+        gap[~converged] = violation[~converged] = np.inf
+        gap[rest], violation[rest] = _certificate(
+            batch.take(rest), problem, target[rest], decision[rest], time[rest], lam[rest], mu[rest]
+        )
+    return found
 
 
 def _idle_last(
@@ -351,6 +368,7 @@ def _search(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
         gap[rows] = _infeasible_gap(batch, shortest, problem.access, rows)
     return _Found(
         decision=decision,
+        energy=energy.sum(axis=1),
         time=point.time,
         lam=point.price_of_bandwidth,
         mu=point.price_of_time,
