@@ -48,7 +48,8 @@ def _numba_wanted() -> bool:
 COMPILED = _numba_wanted()
 """True where numba compiles the kernels."""
 
-_INVERSE_LN2 = 1.0 / math.log(2.0)
+_LN2 = math.log(2.0)
+_INVERSE_LN2 = 1.0 / _LN2
 # ln 2 in two parts: n times the first is exact, so that r = x - n ln 2 loses nothing
 _LN2_HIGH = 6.93147180369123816490e-01
 _LN2_LOW = 1.90821492927058770002e-10
@@ -143,6 +144,21 @@ if COMPILED and not TYPE_CHECKING:
         return exponent * _LN2_HIGH + (exponent * _LN2_LOW + series)
 
     @kernel
+    def rough_log(x):
+        # the bits of a number are nearly its logarithm; the parabola mends the mantissa
+        bits = _bits(x)
+        level = _real((bits >> np.uint64(12)) | _BIG_BITS) - _BIG
+        m = _real((bits & _MANTISSA) | _ONE_BITS) - 1.0
+        return (level * 2.0**-40 - 1023.0 + 0.3437 * m * (1.0 - m)) * _LN2
+
+    @kernel
+    def rough_exp(x):
+        x = x if x < 690.0 else 690.0
+        x = x if x > -690.0 else -690.0
+        level = (x * _INVERSE_LN2 + 1023.0) * 2.0**20
+        return _real(_bits(level + _BIG) << np.uint64(32))
+
+    @kernel
     def log1p(x):
         u = 1.0 + x
         # what rounding of 1 + x lost, to first order
@@ -177,6 +193,12 @@ else:
         """Return the logarithm of a positive normal number."""
         result: FloatArray = np.log(x)
         return result
+
+    rough_log = log
+
+    def rough_exp(x: FloatArray) -> FloatArray:
+        """Return ``e^x`` within a tenth: for first guesses."""
+        return exp_pair(x)[0]
 
     def log1p(x: FloatArray) -> FloatArray:
         """Return ``log(1 + x)`` for x >= 0."""

@@ -29,186 +29,160 @@ import math
 
 import numpy as np
 
-from pwff_solvers.allocation.elementary import entry, exp_pair, kernel, log
+from pwff_solvers.allocation.block import (
+    B_0,
+    B_L,
+    B_T,
+    BAND,
+    BOUND,
+    BOUND_T,
+    CELL,
+    CLOSE,
+    CUT,
+    DL,
+    DT,
+    FAST,
+    FLOOR,
+    INV_T,
+    INV_Z,
+    LAM,
+    LANES,
+    LEAST,
+    M_0,
+    M_L,
+    M_T,
+    PRICE,
+    ROW,
+    SLOW,
+    TIME,
+    TWICE_C,
+    W_MAX,
+    W_MIN,
+    WANTED,
+    WEIGHT,
+    WORST,
+    X_L,
+    X_T,
+    X_Y,
+    Y_L,
+    Y_T,
+    A,
+    B,
+    G,
+    M,
+    W,
+    X,
+    Y,
+    Z,
+    all_close,
+    by_lanes,
+    cut,
+    finish,
+    first_live,
+    grow,
+    inverse_phi,
+    inverse_psi,
+    load,
+    psi,
+    spread,
+    take_in,
+    take_out,
+    total,
+)  # fmt: skip
+from pwff_solvers.allocation.elementary import entry, exp_pair, kernel, log, rough_exp, rough_log
 
-__all__ = ["LANES", "SCALARS", "least_energy", "shortest", "weighted", "weighted_carefully"]
+__all__ = ["least_energy", "weighted", "weighted_carefully"]
 
-LANES = 16
-# Scalars of a solution: converged, time, price of bandwidth, price of time, slope of the latter.
-SCALARS = 5
-# The last step taken; quadratic convergence leaves about its square.
-_CLOSE = 1e-5
 _ITERATIONS = 24
 _CAREFUL = 600
-# log-steps are cut here, well inside the range of the rational exponential below
-_CUT = 1.8
-_LN2 = math.log(2.0)
-# A block of instances waits for its slowest, which costs about this factor.
-_LANES_COST = 1.35
-
-# Fields of a row of slots, each LANES numbers.
-_WEIGHT = 0  # 1 for a device with payload, else 0
-_A = 1  # payload [nat]
-_G = 2  # gain over noise density [Hz/W]
-_LEAST = 3  # a/(PG) [s], upload time at full power in unlimited bandwidth
-_TWICE_C = 4  # 2 kappa c^3 [W s^3]
-_FAST = 5  # c/f_max [s]
-_SLOW = 6  # c/f_min [s]
-_Z = 7
-_INV_Z = 8
-_W = 9  # (T-t)/t
-_W_MIN = 10
-_W_MAX = 11
-# the step: dx = X + X_L dl + X_T dlogT - X_Y dy,  dy = Y + Y_L dl + Y_T dlogT
-_X = 12
-_X_L = 13
-_X_T = 14
-_X_Y = 15
-_Y = 16
-_SPARE = 16  # only for the shortest round: its floor less fast and least [s]
-_Y_L = 17
-_Y_T = 18
-_FIELDS = 19
-_ROW = _FIELDS * LANES
-
-
-@kernel
-def _cut(x, low, high):
-    x = x if x > low else low
-    return x if x < high else high
-
-
-@kernel
-def _grow(d):
-    """Return ``e^d`` to third order, for |d| < 2."""
-    return (2.0 + d) / (2.0 - d)
-
-
-@kernel
-def _psi(z, expm1):
-    series = z * z * (0.5 + z * (1 / 3 + z * (0.125 + z * (1 / 30 + z * (1 / 144)))))
-    closed = z + (z - 1.0) * expm1
-    return series if z < 0.02 else closed
-
-
-@kernel
-def _inverse_psi(p):
-    """Return z with ``psi(z) = p``, within a third or so: a start."""
-    root = math.sqrt(2.0 * p)
-    level = log(p + 1.718)
-    large = level - log(level)
-    large = large if large > 1.0 else 1.0
-    return root / (1.0 + root * (1 / 3)) if p < 1.0 else large
-
-
-@kernel
-def _inverse_phi(excess):
-    """Return z with ``phi(z) = 1 + excess``, within a fifth or so: a start."""
-    level = log(1.0 + (excess if excess > 1e-9 else 1e-9))
-    return level + log(1.0 + level)
-
-
-# Fields of the cell, each LANES numbers.
-_TIME = 0  # T [s], fixed delay taken off
-_BAND = 1
-_LAM = 2  # price of bandwidth [J/Hz]
-_WANTED = 3  # price of time to be met [W]; free time only
-_FLOOR = 4  # T is above this [s]; free time only
-_INV_T = 5
-_PRICE = 6  # lam/T
-_DL = 7
-_DT = 8  # step of log T
-_WORST = 9  # largest step just taken
-_BOUND = 10  # bandwidth of devices that do not answer to the price
-_BOUND_T = 11
-_B = 12  # bandwidth of the others, and its change with the step
-_B_0 = 13
-_B_L = 14
-_B_T = 15
-_M = 16  # price of time, and its change with the step
-_M_0 = 17
-_M_L = 18
-_M_T = 19
-_ABOVE = 3  # only for the shortest round: T above its floor
-_CELL = 20
 
 
 @kernel
 def _limits(row, cell):
     """Set the limits of ``(T-t)/t`` that the CPU frequencies imply."""
     for l in range(LANES):
-        inv_t = cell[_INV_T * LANES + l]
-        fast = row[_FAST * LANES + l] * inv_t
-        slow = row[_SLOW * LANES + l] * inv_t
+        inv_t = cell[INV_T * LANES + l]
+        fast = row[FAST * LANES + l] * inv_t
+        slow = row[SLOW * LANES + l] * inv_t
         low = fast / (1.0 - fast)
         low = low if low > 1e-18 else 1e-18
         high = slow / (1.0 - slow) if slow < 1.0 else 1e300
-        row[_W_MIN * LANES + l] = low
-        row[_W_MAX * LANES + l] = high if high > low else low
+        row[W_MIN * LANES + l] = low
+        row[W_MAX * LANES + l] = high if high > low else low
+
+
+@kernel
+def _least_need(row, cell):
+    """Bandwidth times z that is needed even if every device computes at full speed."""
+    for l in range(LANES):
+        left = cell[TIME * LANES + l] - row[FAST * LANES + l]
+        cell[B * LANES + l] += row[WEIGHT * LANES + l] * row[A * LANES + l] / left
 
 
 @kernel
 def _start_times(row, cell):
     """First guess of the split of time, and what it asks of the common price.
 
-    Computing alone would want ``((T-t)/T)^3 = 2 kappa c^3 G/(a T^2)``; uploading must leave a
-    device enough time to make do with a part of the band.
+    The balance of a free device is ``w^3/(1+w)^2 = 2 kappa c^3 G/(a T^2) z/psi(z)`` with
+    ``w = (T-t)/t``, here with the z of all devices in ``cell[M]``; besides, uploading must leave it
+    enough time to make do with a part of the band.
     """
     for l in range(LANES):
-        inv_t = cell[_INV_T * LANES + l]
-        a = row[_A * LANES + l]
-        g = row[_G * LANES + l]
-        least = row[_LEAST * LANES + l]
-        ratio = row[_TWICE_C * LANES + l] * g / a * inv_t * inv_t
-        w, _ = exp_pair(log(ratio + 1e-300) * (1 / 3))
-        band = cell[_BAND * LANES + l]
-        alone = a / (band * log(1.0 + a / (least * band)))
+        inv_t = cell[INV_T * LANES + l]
+        a = row[A * LANES + l]
+        g = row[G * LANES + l]
+        least = row[LEAST * LANES + l]
+        ratio = row[TWICE_C * LANES + l] * g / a * inv_t * inv_t * cell[M_0 * LANES + l]
+        root = rough_exp(rough_log(ratio + 1e-300) * (1 / 3))
+        w = root * (1.0 + root * (2 / 3 + 0.5 * root))
+        band = cell[BAND * LANES + l]
+        alone = a / (band * rough_log(1.0 + a / (least * band)))
         most = 1.0 / (1.5 * alone * inv_t) - 1.0
-        w = _cut(w if w < most else most, row[_W_MIN * LANES + l], row[_W_MAX * LANES + l])
-        need = row[_WEIGHT * LANES + l] * a * inv_t * (1.0 + w)
-        row[_W * LANES + l] = w
-        cell[_B * LANES + l] += need
-        cell[_B_L * LANES + l] -= need * (log(1.0 + w) + log(g))
+        w = cut(w if w < most else most, row[W_MIN * LANES + l], row[W_MAX * LANES + l])
+        need = row[WEIGHT * LANES + l] * a * inv_t * (1.0 + w)
+        row[W * LANES + l] = w
+        cell[B * LANES + l] += need
+        cell[B_L * LANES + l] -= need * rough_log((1.0 + w) * g)
 
 
 @kernel
 def _start_rates(row, cell):
     """First guess of z: what the price asks, but no more than full power allows."""
     for l in range(LANES):
-        stretch = 1.0 + row[_W * LANES + l]  # T/t
-        priced = _inverse_psi(cell[_PRICE * LANES + l] * row[_G * LANES + l] * stretch)
-        least = row[_LEAST * LANES + l] * cell[_INV_T * LANES + l] * stretch
-        powered = _inverse_phi(1.0 / least - 1.0)
+        stretch = 1.0 + row[W * LANES + l]  # T/t
+        priced = inverse_psi(cell[PRICE * LANES + l] * row[G * LANES + l] * stretch)
+        least = row[LEAST * LANES + l] * cell[INV_T * LANES + l] * stretch
+        powered = inverse_phi(1.0 / least - 1.0)
         z = priced if priced < powered else powered
-        row[_Z * LANES + l] = z
-        row[_INV_Z * LANES + l] = 1.0 / z
+        row[Z * LANES + l] = z
+        row[INV_Z * LANES + l] = 1.0 / z
 
 
 @kernel
 def _evaluate(row, cell, free_time):
     """Find the step of a row of devices as a linear function of the cell's, and add up."""
     for l in range(LANES):
-        inv_t = cell[_INV_T * LANES + l]
-        z = row[_Z * LANES + l]
-        w = row[_W * LANES + l]
-        inv_z = row[_INV_Z * LANES + l]
-        least = row[_LEAST * LANES + l] * inv_t
-        target = cell[_PRICE * LANES + l] * row[_G * LANES + l]  # psi t/T of a free device
+        inv_t = cell[INV_T * LANES + l]
+        z = row[Z * LANES + l]
+        w = row[W * LANES + l]
+        inv_z = row[INV_Z * LANES + l]
+        least = row[LEAST * LANES + l] * inv_t
+        target = cell[PRICE * LANES + l] * row[G * LANES + l]  # psi t/T of a free device
         e, expm1 = exp_pair(z)
-        p = _psi(z, expm1)
+        p = psi(z, expm1)
         stretch = 1.0 + w
         share = 1.0 / stretch  # t/T
         rest = w * share  # (T-t)/T
         share2 = share * share
         rest3 = rest * rest * rest
         # compute/P = cost/rest^3, with compute = 2 kappa c^3/(T-t)^3
-        cost = row[_TWICE_C * LANES + l] * row[_G * LANES + l] / row[_A * LANES + l]
+        cost = row[TWICE_C * LANES + l] * row[G * LANES + l] / row[A * LANES + l]
         cost = cost * inv_t * inv_t * least
         # the equation nearer to being violated holds: psi t = lam G or phi least = t
         full = share2 * p * z < least * expm1 * target
         inverse = 1.0 / (p * expm1)
-        rho = z * z * e * expm1 * inverse  # dlog psi/dx
-        grow = p * p * inverse  # dlog phi/dx
+        psi_slope = z * z * e * expm1 * inverse  # dlog psi/dx
+        phi_slope = p * p * inverse  # dlog phi/dx
         n1 = least * expm1 if full else p * share
         d1 = share * z if full else target
         n2 = ((cost + rest3) * p if full else cost * z) * share2
@@ -219,9 +193,9 @@ def _evaluate(row, cell, free_time):
         r1 = (n1 - d1) * s2 * over
         r2 = (n2 - d2) * s1 * over
         part = cost / (cost + rest3)
-        j11 = grow if full else rho
+        j11 = phi_slope if full else psi_slope
         j12 = -rest if full else rest
-        j21 = rho - z if full else 1.0
+        j21 = psi_slope - z if full else 1.0
         j22 = 2.0 * rest + 3.0 * share * (part if full else 1.0)
         l1 = 0.0 if full else 1.0
         t1 = 1.0 if full else -1.0
@@ -233,9 +207,9 @@ def _evaluate(row, cell, free_time):
         y = (r1 * j21 - r2 * j11) * inv_det
         y_l = (j11 - l1 * j21) * inv_det
         # where the step runs into a limit of t the device will sit there
-        y = _cut(y, -_CUT, _CUT)
-        w_min = row[_W_MIN * LANES + l]
-        w_max = row[_W_MAX * LANES + l]
+        y = cut(y, -CUT, CUT)
+        w_min = row[W_MIN * LANES + l]
+        w_max = row[W_MAX * LANES + l]
         to_high = w * (2.0 - y) <= w_min * (2.0 + y)
         to_low = w * (2.0 - y) >= w_max * (2.0 + y)
         pinned = to_high or to_low
@@ -246,149 +220,174 @@ def _evaluate(row, cell, free_time):
         x = -r1 * inv_11
         x_l = l1 * inv_11
         x_y = j12 * inv_11
-        row[_X * LANES + l] = x
-        row[_X_L * LANES + l] = x_l
-        row[_X_Y * LANES + l] = x_y
-        row[_Y * LANES + l] = y
-        row[_Y_L * LANES + l] = y_l
+        row[X * LANES + l] = x
+        row[X_L * LANES + l] = x_l
+        row[X_Y * LANES + l] = x_y
+        row[Y * LANES + l] = y
+        row[Y_L * LANES + l] = y_l
         step = x - x_y * y
         step_l = x_l - x_y * y_l
-        b = row[_WEIGHT * LANES + l] * row[_A * LANES + l] * inv_t * stretch * inv_z
-        b_0 = _cut(-(step + rest * y), -_CUT, _CUT)
+        b = row[WEIGHT * LANES + l] * row[A * LANES + l] * inv_t * stretch * inv_z
+        b_0 = cut(-(step + rest * y), -CUT, CUT)
         b_l = -(step_l + rest * y_l)
         held = b_l == 0.0
-        cell[_BOUND * LANES + l] += b * _grow(b_0) if held else 0.0
-        cell[_B * LANES + l] += 0.0 if held else b
-        cell[_B_0 * LANES + l] += 0.0 if held else b * b_0
-        cell[_B_L * LANES + l] += b * b_l
+        cell[BOUND * LANES + l] += b * grow(b_0) if held else 0.0
+        cell[B * LANES + l] += 0.0 if held else b
+        cell[B_0 * LANES + l] += 0.0 if held else b * b_0
+        cell[B_L * LANES + l] += b * b_l
         if free_time:
             x_t = t1 * inv_11
             y_t = (t2 * j11 - t1 * j21) * inv_det
             y_t = stretch if pinned else y_t
-            row[_X_T * LANES + l] = x_t
-            row[_Y_T * LANES + l] = y_t
+            row[X_T * LANES + l] = x_t
+            row[Y_T * LANES + l] = y_t
             step_t = x_t - x_y * y_t
             b_t = -(step_t + rest * y_t + 1.0)
-            cell[_BOUND_T * LANES + l] += b * b_t if held else 0.0
-            cell[_B_T * LANES + l] += 0.0 if held else b * b_t
+            cell[BOUND_T * LANES + l] += b * b_t if held else 0.0
+            cell[B_T * LANES + l] += 0.0 if held else b * b_t
             # price of time: lam a/(z t^2), at full power lam a e^z/(psi t^2) - P
-            q = cell[_PRICE * LANES + l] * row[_A * LANES + l] * inv_t * stretch * stretch
-            q = q * (e * expm1 * inverse if full else inv_z) * row[_WEIGHT * LANES + l]
-            power = row[_WEIGHT * LANES + l] * row[_A * LANES + l]
-            power = power / (row[_G * LANES + l] * row[_LEAST * LANES + l])
-            q_x = z - rho if full else -1.0
-            cell[_M * LANES + l] += q - (power if full else 0.0)
-            cell[_M_0 * LANES + l] += q * (q_x * step - 2.0 * rest * y)
-            cell[_M_L * LANES + l] += q * (1.0 + q_x * step_l - 2.0 * rest * y_l)
-            cell[_M_T * LANES + l] += q * (q_x * step_t - 2.0 * rest * y_t - 2.0)
+            q = cell[PRICE * LANES + l] * row[A * LANES + l] * inv_t * stretch * stretch
+            q = q * (e * expm1 * inverse if full else inv_z) * row[WEIGHT * LANES + l]
+            power = row[WEIGHT * LANES + l] * row[A * LANES + l]
+            power = power / (row[G * LANES + l] * row[LEAST * LANES + l])
+            q_x = z - psi_slope if full else -1.0
+            cell[M * LANES + l] += q - (power if full else 0.0)
+            cell[M_0 * LANES + l] += q * (q_x * step - 2.0 * rest * y)
+            cell[M_L * LANES + l] += q * (1.0 + q_x * step_l - 2.0 * rest * y_l)
+            cell[M_T * LANES + l] += q * (q_x * step_t - 2.0 * rest * y_t - 2.0)
 
 
 @kernel
 def _advance(row, cell, free_time):
     """Take the step."""
     for l in range(LANES):
-        dl = cell[_DL * LANES + l]
-        dt = cell[_DT * LANES + l]
-        y = row[_Y * LANES + l] + row[_Y_L * LANES + l] * dl
-        x = row[_X * LANES + l] + row[_X_L * LANES + l] * dl
+        dl = cell[DL * LANES + l]
+        dt = cell[DT * LANES + l]
+        y = row[Y * LANES + l] + row[Y_L * LANES + l] * dl
+        x = row[X * LANES + l] + row[X_L * LANES + l] * dl
         if free_time:
-            y = y + row[_Y_T * LANES + l] * dt
-            x = x + row[_X_T * LANES + l] * dt
-        y = _cut(y, -_CUT, _CUT)
-        w = row[_W * LANES + l]
-        new = _cut(w * _grow(-y), row[_W_MIN * LANES + l], row[_W_MAX * LANES + l])
+            y = y + row[Y_T * LANES + l] * dt
+            x = x + row[X_T * LANES + l] * dt
+        y = cut(y, -CUT, CUT)
+        w = row[W * LANES + l]
+        new = cut(w * grow(-y), row[W_MIN * LANES + l], row[W_MAX * LANES + l])
         y = 2.0 * (w - new) / (w + new)
-        x = _cut(x - row[_X_Y * LANES + l] * y, -_CUT, _CUT)
-        row[_W * LANES + l] = new
+        # a step of log z by 1/z multiplies the signal-to-noise ratio by e
+        most = CUT * row[INV_Z * LANES + l]
+        most = most if most < CUT else CUT
+        x = cut(x - row[X_Y * LANES + l] * y, -most, most)
+        row[W * LANES + l] = new
         scale = 1.0 / (4.0 - x * x)
-        z = row[_Z * LANES + l] * (2.0 + x) * (2.0 + x) * scale
-        inv_z = row[_INV_Z * LANES + l] * (2.0 - x) * (2.0 - x) * scale
+        z = row[Z * LANES + l] * (2.0 + x) * (2.0 + x) * scale
+        inv_z = row[INV_Z * LANES + l] * (2.0 - x) * (2.0 - x) * scale
         # beyond 300 nat/s/Hz the products above would overflow
-        row[_Z * LANES + l] = z if z < 300.0 else 300.0
-        row[_INV_Z * LANES + l] = inv_z if z < 300.0 else 1.0 / 300.0
-        moved = abs(x) if abs(x) > abs(y) else abs(y)
-        worst = cell[_WORST * LANES + l]
-        cell[_WORST * LANES + l] = worst if worst > moved else moved
-
-
-@kernel
-def _total(cell, field):
-    """Every lane of a sum becomes the sum over lanes: they hold parts of one instance."""
-    total = 0.0
-    for l in range(LANES):
-        total += cell[field * LANES + l]
-    for l in range(LANES):
-        cell[field * LANES + l] = total
+        row[Z * LANES + l] = z if z < 300.0 else 300.0
+        row[INV_Z * LANES + l] = inv_z if z < 300.0 else 1.0 / 300.0
+        x = abs(x) * (1.0 + z)  # in the power
+        moved = x if x > abs(y) else abs(y)
+        worst = cell[WORST * LANES + l]
+        cell[WORST * LANES + l] = worst if worst > moved else moved
 
 
 @kernel
 def _move_cell(cell, free_time):
     """Find the step of the price of bandwidth, and of the time, and take it."""
     for l in range(LANES):
-        b = cell[_B * LANES + l]
-        b_l = cell[_B_L * LANES + l]
+        b = cell[B * LANES + l]
+        b_l = cell[B_L * LANES + l]
         b_l = b_l if b_l < -1e-300 else -1e-300
         # the logarithm of the demand is nearly linear in that of the price
-        room = cell[_BAND * LANES + l] - cell[_BOUND * LANES + l]
+        room = cell[BAND * LANES + l] - cell[BOUND * LANES + l]
         room = room if room > 1e-3 * b else 1e-3 * b
-        missing = 2.0 * (room - b) / (room + b) * b - cell[_B_0 * LANES + l]
+        missing = 2.0 * (room - b) / (room + b) * b - cell[B_0 * LANES + l]
         dt = 0.0
         if free_time:
-            b_t = cell[_B_T * LANES + l] + cell[_BOUND_T * LANES + l]
-            m = cell[_M * LANES + l]
-            wanted = cell[_WANTED * LANES + l]
+            b_t = cell[B_T * LANES + l] + cell[BOUND_T * LANES + l]
+            m = cell[M * LANES + l]
+            wanted = cell[WANTED * LANES + l]
             lacking = 2.0 * (wanted - m) / (wanted + m) * m if m > 0.0 else wanted
-            lacking = lacking - cell[_M_0 * LANES + l]
+            lacking = lacking - cell[M_0 * LANES + l]
             # dl = (missing - b_t dt)/b_l
-            turn = cell[_M_L * LANES + l] / b_l
-            slope = cell[_M_T * LANES + l] - turn * b_t
+            turn = cell[M_L * LANES + l] / b_l
+            slope = cell[M_T * LANES + l] - turn * b_t
             slope = slope if slope < -1e-300 else -1e-300
             dt = (lacking - turn * missing) / slope
-            time = cell[_TIME * LANES + l]
-            above = time - cell[_FLOOR * LANES + l]
-            dv = _cut(dt * time / above, -_CUT, _CUT)
-            new = cell[_FLOOR * LANES + l] + above * _grow(dv)
+            time = cell[TIME * LANES + l]
+            above = time - cell[FLOOR * LANES + l]
+            dv = cut(dt * time / above, -CUT, CUT)
+            new = cell[FLOOR * LANES + l] + above * grow(dv)
             dt = 2.0 * (new - time) / (new + time)
             missing = missing - b_t * dt
-            cell[_TIME * LANES + l] = new
-            cell[_INV_T * LANES + l] = 1.0 / new
-            cell[_DT * LANES + l] = dt
+            cell[TIME * LANES + l] = new
+            cell[INV_T * LANES + l] = 1.0 / new
+            cell[DT * LANES + l] = dt
             dt = dv
-        dl = _cut(missing / b_l, -_CUT, _CUT)
-        cell[_DL * LANES + l] = dl
-        cell[_LAM * LANES + l] *= _grow(dl)
-        cell[_PRICE * LANES + l] = cell[_LAM * LANES + l] * cell[_INV_T * LANES + l]
-        cell[_WORST * LANES + l] = abs(dl) if abs(dl) > abs(dt) else abs(dt)
+        dl = cut(missing / b_l, -CUT, CUT)
+        if b <= 0.0:
+            # nobody answers to the price: move it until somebody does
+            dl = -CUT if room > 1e-12 * cell[BAND * LANES + l] else CUT
+        cell[DL * LANES + l] = dl
+        cell[LAM * LANES + l] *= grow(dl)
+        cell[PRICE * LANES + l] = cell[LAM * LANES + l] * cell[INV_T * LANES + l]
+        cell[WORST * LANES + l] = abs(dl) if abs(dl) > abs(dt) else abs(dt)
 
 
 @kernel
 def _restart(block, cell, rows, joined):
     """First guess of every unknown but the time."""
-    for field in (_B, _B_L):
-        for l in range(LANES):
-            cell[field * LANES + l] = 0.0
     for l in range(LANES):
-        cell[_INV_T * LANES + l] = 1.0 / cell[_TIME * LANES + l]
-        cell[_DT * LANES + l] = 0.0
+        cell[INV_T * LANES + l] = 1.0 / cell[TIME * LANES + l]
+        cell[DT * LANES + l] = 0.0
+        cell[B * LANES + l] = 0.0
     for r in range(rows):
-        row = block[r * _ROW : (r + 1) * _ROW]
+        row = block[r * ROW : (r + 1) * ROW]
         _limits(row, cell)
-        _start_times(row, cell)
+        _least_need(row, cell)
     if joined:
-        _total(cell, _B)
-        _total(cell, _B_L)
+        total(cell, B)
+    # The z that all devices would share: the more crowded the band, the more of the time goes to
+    # uploading, so need/B falls with z.  Secant on log(need/(B z)) in log z, from the least need on.
+    for l in range(LANES):
+        cell[M * LANES + l] = cell[B * LANES + l] / cell[BAND * LANES + l]
+    for guess in range(3):
+        for l in range(LANES):
+            z = cut(cell[M * LANES + l], 1e-9, 100.0)
+            _, expm1 = exp_pair(z)
+            cell[M * LANES + l] = z
+            cell[M_0 * LANES + l] = z / psi(z, expm1)
+            cell[B * LANES + l] = 0.0
+            cell[B_L * LANES + l] = 0.0
+        for r in range(rows):
+            _start_times(block[r * ROW : (r + 1) * ROW], cell)
+        if joined:
+            total(cell, B)
+            total(cell, B_L)
+        far = 0.0
+        for l in range(LANES):
+            z = cell[M * LANES + l]
+            level = log(z)
+            gap = log(cell[B * LANES + l] / (cell[BAND * LANES + l] * z))
+            slope = -2.0
+            if guess > 0:
+                slope = (gap - cell[M_T * LANES + l]) / (level - cell[M_L * LANES + l])
+                slope = slope if slope < -1.0 else -1.0
+            step, _ = exp_pair(cut(-gap / slope, -4.0, 4.0))
+            cell[M_L * LANES + l] = level
+            cell[M_T * LANES + l] = gap
+            cell[M * LANES + l] = z * step
+            far = max(far, abs(gap))
+        if far < 0.3:
+            break
     for l in range(LANES):
         # the price at which devices of one and the same z would fill the band
-        need = cell[_B * LANES + l]
-        z = need / cell[_BAND * LANES + l]
-        z = _cut(z, 1e-9, 100.0)
+        z = cut(cell[B * LANES + l] / cell[BAND * LANES + l], 1e-9, 100.0)
         _, expm1 = exp_pair(z)
-        mean, _ = exp_pair(cell[_B_L * LANES + l] / need)
-        price = _psi(z, expm1) * mean
-        cell[_PRICE * LANES + l] = price
-        cell[_LAM * LANES + l] = price * cell[_TIME * LANES + l]
+        mean, _ = exp_pair(cell[B_L * LANES + l] / cell[B * LANES + l])
+        price = psi(z, expm1) * mean
+        cell[PRICE * LANES + l] = price
+        cell[LAM * LANES + l] = price * cell[TIME * LANES + l]
     for r in range(rows):
-        _start_rates(block[r * _ROW : (r + 1) * _ROW], cell)
+        _start_rates(block[r * ROW : (r + 1) * ROW], cell)
 
 
 @kernel
@@ -398,24 +397,24 @@ def _iterate(block, cell, rows, joined, free_time):
     sweeps = 0
     while sweeps < _ITERATIONS:
         sweeps += 1
-        for l in range(LANES * (_BOUND), LANES * _CELL):
+        for l in range(LANES * (BOUND), LANES * CELL):
             cell[l] = 0.0
         for r in range(rows):
-            _evaluate(block[r * _ROW : (r + 1) * _ROW], cell, free_time)
+            _evaluate(block[r * ROW : (r + 1) * ROW], cell, free_time)
         if joined:
-            for field in range(_BOUND, _CELL if free_time else _B_T):
-                _total(cell, field)
+            for field in range(BOUND, CELL if free_time else B_T):
+                total(cell, field)
         _move_cell(cell, free_time)
         for r in range(rows):
-            row = block[r * _ROW : (r + 1) * _ROW]
+            row = block[r * ROW : (r + 1) * ROW]
             if free_time:
                 _limits(row, cell)
             _advance(row, cell, free_time)
         worst = 0.0
         for l in range(LANES):
             # not the built-in max: NaN must not pass for converged
-            worst = worst if worst > cell[_WORST * LANES + l] else cell[_WORST * LANES + l]
-        if worst <= _CLOSE:
+            worst = worst if worst > cell[WORST * LANES + l] else cell[WORST * LANES + l]
+        if worst <= CLOSE:
             break
     return sweeps
 
@@ -431,231 +430,95 @@ def _iterate_free(block, cell, rows, joined):
 
 
 @kernel
-def _load(block, slot, device, cell, i, k, live):
-    """Copy a device into a slot; ``live`` is False for a stand-in that only fills the register."""
-    row = slot // LANES * _ROW
-    lane = slot % LANES
-    a = device[i, 0, k] * _LN2
-    work = device[i, 1, k]
-    g = device[i, 2, k] / cell[i, 1]
-    f_min = device[i, 4, k]
-    block[row + _WEIGHT * LANES + lane] = 1.0 if live else 0.0
-    block[row + _A * LANES + lane] = a
-    block[row + _G * LANES + lane] = g
-    block[row + _LEAST * LANES + lane] = a / (device[i, 3, k] * g)
-    block[row + _TWICE_C * LANES + lane] = 2.0 * device[i, 6, k] * work * work * work
-    block[row + _FAST * LANES + lane] = work / device[i, 5, k]
-    block[row + _SLOW * LANES + lane] = _slow(work, f_min)
-
-
-@kernel
-def _slow(work, f_min):
-    """Time of computing at the least frequency; for ever where that is 0."""
-    if work <= 0.0:
-        return 0.0
-    return work / f_min if f_min > 0.0 else 1e300
-
-
-@kernel
-def _spread(cells):
-    """Every lane becomes the first: the lanes hold one instance."""
-    for field in range(_CELL):
-        for lane in range(1, LANES):
-            cells[field * LANES + lane] = cells[field * LANES]
-
-
-@kernel
-def _all_close(cells):
-    """Return whether every lane has converged; NaN has not."""
-    for lane in range(LANES):
-        if not cells[_WORST * LANES + lane] <= _CLOSE:
-            return False
-    return True
-
-
-@kernel
-def _first_live(device, i):
-    for k in range(device.shape[2]):
-        if device[i, 0, k] > 0.0:
-            return k
-    return -1
-
-
-@kernel
-def _first_time(device, cell, i, price, floor):
-    """Return a first guess [s] of the time that a price of time asks for.
+def _first_times(cell):
+    """First guess of the times that the prices of time ask for, from the sums of ``derive``.
 
     Computing alone would take ``(sum 2 kappa c^3/w)^(1/3)``, uploading alone what devices of one
     and the same spectral efficiency z take with ``psi(z) = w sum a/(B sum a/G)``.
     """
-    compute = 0.0
-    nats = 0.0
-    nats_over_g = 0.0
-    longest = 0.0
-    for k in range(device.shape[2]):
-        work = device[i, 1, k]
-        if device[i, 0, k] > 0.0:
-            a = device[i, 0, k] * _LN2
-            g = device[i, 2, k] / cell[i, 1]
-            wide = device[i, 3, k] * g / cell[i, 0]
-            longest = max(longest, work / device[i, 5, k] + a / (cell[i, 0] * log(1.0 + wide)))
-            compute += 2.0 * device[i, 6, k] * work * work * work
-            nats += a
-            nats_over_g += a / g
-    z = _inverse_psi(price * nats / (cell[i, 0] * nats_over_g))
-    guess = (compute / price) ** (1 / 3) + nats / (cell[i, 0] * z)
-    return max(guess, 1.2 * longest, 1.0001 * floor)
+    for l in range(LANES):
+        price = cell[WANTED * LANES + l]
+        nats = cell[M_0 * LANES + l]
+        band = cell[BAND * LANES + l]
+        z = inverse_psi(price * nats / (band * cell[M_L * LANES + l]))
+        compute, _ = exp_pair(log(cell[M * LANES + l] / price + 1e-300) * (1 / 3))
+        guess = compute + nats / (band * z)
+        longest = 1.2 * cell[M_T * LANES + l]
+        floor = 1.0001 * cell[FLOOR * LANES + l]
+        guess = guess if guess > longest else longest
+        cell[TIME * LANES + l] = guess if guess > floor else floor
 
 
 @kernel
-def _prepare(device, cell, target, i, lane, scalars, cells, free_time):
-    """Set a lane of the cell; return False where this iteration is not for the instance."""
-    first = _first_live(device, i)
-    floor = 0.0
-    idle = 0.0
-    has_idle = False
-    for k in range(device.shape[2]):
-        fast = device[i, 1, k] / device[i, 5, k]
-        if device[i, 0, k] > 0.0:
-            a = device[i, 0, k] * _LN2
-            least = a * cell[i, 1] / (device[i, 3, k] * device[i, 2, k])
-            floor = max(floor, fast + least)
-        elif device[i, 1, k] > 0.0:
-            idle = max(idle, fast)
-            has_idle = True
-    good = first >= 0
-    if free_time:
-        # the price of time of devices that only compute is left to the search
-        good = good and not has_idle
-        time = _first_time(device, cell, i, target[i], floor) if good else 1.0
-    else:
-        time = target[i] - cell[i, 2]
-        good = good and time > floor and time >= idle
-        time = time if good else 1.0
-    cells[_TIME * LANES + lane] = time
-    cells[_FLOOR * LANES + lane] = floor if good else 0.0
-    cells[_BAND * LANES + lane] = cell[i, 0]
-    cells[_WANTED * LANES + lane] = target[i]
-    scalars[i, 0] = 1.0 if good else 0.0
-    return good
+def _suits(device, i, time, free_time):
+    """Return whether the iteration is for the instance.
 
-
-@kernel
-def _store(block, cells, device, cell, i, first, stride, lane, points, scalars):
-    """Turn a converged instance into decisions that keep every limit, and price it.
-
-    ``first`` and ``stride`` say where its slots are.
+    The price of time of devices that only compute is left to the bracketed search, and no time at
+    all to the search for the shortest.
     """
-    devices = device.shape[2]
-    time = cells[_TIME * LANES + lane]
-    lam = cells[_LAM * LANES + lane]
-    band = cell[i, 0]
-    noise = cell[i, 1]
-    b_, p_, f_, t_ = points[i, 0], points[i, 1], points[i, 2], points[i, 3]
-    compute_, energy_ = points[i, 4], points[i, 5]
-    total = 0.0
-    mu = 0.0
-    for k in range(devices):
-        slot = first + k * stride
-        row = slot // LANES * _ROW
-        at = row + slot % LANES
-        work = device[i, 1, k]
+    live = False
+    for k in range(device.shape[2]):
         if device[i, 0, k] > 0.0:
-            w = block[at + _W * LANES]
-            t = time / (1.0 + w)
-            rest = time * (w / (1.0 + w))
-            b = block[at + _A * LANES] * block[at + _INV_Z * LANES] / t
-            f = work / rest if work > 0.0 else 0.0
-            price = 2.0 * device[i, 6, k] * f * f * f
-            if w <= block[at + _W_MIN * LANES] or w >= block[at + _W_MAX * LANES]:
-                # at a limit of the frequency the price of time is that of uploading
-                z = block[at + _Z * LANES]
-                e, expm1 = exp_pair(z)
-                a_over_g = block[at + _A * LANES] / block[at + _G * LANES]
-                # lam a e^z/(psi t^2) - P, or lam a/(z t^2): the same where the power is free
-                p = _psi(z, expm1)
-                over = lam * block[at + _G * LANES] / (p * t) - 1.0
-                price = a_over_g / t * (max(over, 0.0) * e + p / z)
-            mu += price
-        else:
-            b = 0.0
-            t = 0.0
-            f = work / time
-            price = 2.0 * device[i, 6, k] * f * f * f
-            # to the right of a kink the device has stopped slowing down
-            mu += price if f > device[i, 4, k] else 0.0
-        total += b
-        b_[k] = b
-        t_[k] = t
-        f_[k] = min(max(f, device[i, 4, k]), device[i, 5, k])
-    fill = band / total
-    for k in range(devices):
-        b = b_[k] * fill
-        t = t_[k]
-        work = device[i, 1, k]
-        live = device[i, 0, k] > 0.0
-        z = device[i, 0, k] * _LN2 / (b * t if live else 1.0)
-        _, expm1 = exp_pair(z)
-        f = f_[k]
-        p = b * expm1 * noise / device[i, 2, k]
-        b_[k] = b
-        p_[k] = p
-        compute_[k] = work / f if work > 0.0 else 0.0
-        energy_[k] = p * t + device[i, 6, k] * work * f * f + device[i, 8, k]
-    scalars[i, 1] = time
-    scalars[i, 2] = lam
-    scalars[i, 3] = mu
+            live = True
+        elif device[i, 1, k] > 0.0 and (free_time or device[i, 1, k] > time * device[i, 5, k]):
+            return False
+    return live and time > 0.0
 
 
 @kernel
 def _solve(device, cell, target, points, scalars, free_time):
-    instances = device.shape[0]
-    devices = device.shape[2]
-    rows = (devices + LANES - 1) // LANES
-    groups = (instances + LANES - 1) // LANES
-    cells = np.zeros(_CELL * LANES)
+    instances, _, devices = device.shape
+    cells = np.zeros(CELL * LANES)
+    lanes = by_lanes(instances, devices)
+    rows = devices if lanes else (devices + LANES - 1) // LANES
+    block = np.zeros(rows * ROW)
     sweeps = 0
-    # a block of one instance wastes its last slots instead
-    if _LANES_COST * groups * devices < instances * rows:
-        block = np.zeros(devices * _ROW)
-        for group in range(groups):
-            for lane in range(LANES):
-                i = min(group * LANES + lane, instances - 1)
-                _prepare(device, cell, target, i, lane, scalars, cells, free_time)
-                stand_in = max(_first_live(device, i), 0)
-                for k in range(devices):
-                    live = device[i, 0, k] > 0.0
-                    _load(block, k * LANES + lane, device, cell, i, k if live else stand_in, live)
-            if free_time:
-                sweeps += LANES * _iterate_free(block, cells, devices, False)
-            else:
-                sweeps += LANES * _iterate_fixed(block, cells, devices, False)
-            for lane in range(min(LANES, instances - group * LANES)):
-                i = group * LANES + lane
-                if scalars[i, 0] > 0.0 and cells[_WORST * LANES + lane] <= _CLOSE:
-                    _store(block, cells, device, cell, i, lane, LANES, lane, points, scalars)
-                else:
-                    scalars[i, 0] = 0.0
-        return sweeps
-    block = np.zeros(rows * _ROW)
-    for i in range(instances):
-        if not _prepare(device, cell, target, i, 0, scalars, cells, free_time):
+    width = LANES if lanes else 1
+    for start in range(0, instances, width):
+        any_suits = False
+        for lane in range(width):
+            i = min(start + lane, instances - 1)
+            load(block, cells, device, cell, i, lane, not lanes)
+            wanted = target[i] if free_time else target[i] - cell[i, 2]
+            good = _suits(device, i, wanted, free_time)
+            scalars[i, 0] = 1.0 if good else 0.0
+            any_suits = any_suits or good
+            cells[(WANTED if free_time else TIME) * LANES + lane] = wanted if wanted > 0.0 else 1.0
+        if not any_suits:
             continue
-        _spread(cells)
-        stand_in = _first_live(device, i)
-        for slot in range(rows * LANES):
-            k = min(slot, devices - 1)
-            live = slot < devices and device[i, 0, k] > 0.0
-            _load(block, slot, device, cell, i, k if live else stand_in, live)
+        if not lanes:
+            spread(cells)
+        take_in(block, cells, rows, not lanes, free_time)
         if free_time:
-            sweeps += _iterate_free(block, cells, rows, True)
+            _first_times(cells)
+            sweeps += _iterate_free(block, cells, rows, not lanes) * width
         else:
-            sweeps += _iterate_fixed(block, cells, rows, True)
-        if _all_close(cells):
-            _store(block, cells, device, cell, i, 0, 1, 0, points, scalars)
-        else:
-            scalars[i, 0] = 0.0
+            sweeps += _iterate_fixed(block, cells, rows, not lanes) * width
+        if not lanes and not all_close(cells):
+            scalars[start, 0] = 0.0
+            continue
+        finish(block, cells, rows, not lanes)
+        for lane in range(min(width, instances - start)):
+            i = start + lane
+            time = cells[TIME * LANES + lane]
+            close = cells[WORST * LANES + lane] <= CLOSE and time > cells[FLOOR * LANES + lane]
+            if scalars[i, 0] > 0.0 and close:
+                take_out(block, cells, device, i, lane, not lanes, points, scalars)
+            else:
+                scalars[i, 0] = 0.0
     return sweeps
+
+
+@entry
+def least_energy(device, cell, target, points, scalars):
+    """Fill ``points`` [instance, 6, device] and ``scalars`` for rounds ``target`` [s]."""
+    return _solve(device, cell, target, points, scalars, False)
+
+
+@entry
+def weighted(device, cell, target, points, scalars):
+    """Fill ``points`` and ``scalars`` for prices of time ``target`` [W]."""
+    return _solve(device, cell, target, points, scalars, True)
 
 
 # --- a price of time, bracketed --------------------------------------------------------------------
@@ -684,38 +547,38 @@ def _bracket(block, cell, rows, device, i, low):
     _restart(block, cell, rows, True)
     settled = 0
     for _ in range(_CAREFUL):
-        for l in range(LANES * _BOUND, LANES * _CELL):
+        for l in range(LANES * BOUND, LANES * CELL):
             cell[l] = 0.0
         for r in range(rows):
-            _evaluate(block[r * _ROW : (r + 1) * _ROW], cell, True)
-        for field in range(_BOUND, _CELL):
-            _total(cell, field)
-        b = cell[_B * LANES]
-        b_l = min(cell[_B_L * LANES], -1e-300)
-        room = max(cell[_BAND * LANES] - cell[_BOUND * LANES], 1e-3 * b)
-        missing = 2.0 * (room - b) / (room + b) * b - cell[_B_0 * LANES]
-        time = cell[_TIME * LANES]
+            _evaluate(block[r * ROW : (r + 1) * ROW], cell, True)
+        for field in range(BOUND, CELL):
+            total(cell, field)
+        b = cell[B * LANES]
+        b_l = min(cell[B_L * LANES], -1e-300)
+        room = max(cell[BAND * LANES] - cell[BOUND * LANES], 1e-3 * b)
+        missing = 2.0 * (room - b) / (room + b) * b - cell[B_0 * LANES]
+        time = cell[TIME * LANES]
         new = time
         settled += 1
-        if (cell[_WORST * LANES] <= 1e-8 and abs(missing) <= 1e-8 * abs(b_l)) or settled > 40:
+        if (cell[WORST * LANES] <= 1e-8 and abs(missing) <= 1e-8 * abs(b_l)) or settled > 40:
             settled = 0
             idle, idle_t = _idle_price(device, i, time)
-            m = cell[_M * LANES] + idle
-            wanted = cell[_WANTED * LANES]
+            m = cell[M * LANES] + idle
+            wanted = cell[WANTED * LANES]
             if m > wanted:
                 low = max(low, time)
             else:
                 high = min(high, time)
-            floor = cell[_FLOOR * LANES]
-            turn = cell[_M_L * LANES] / b_l
-            slope = cell[_M_T * LANES] + idle_t
-            slope -= turn * (cell[_B_T * LANES] + cell[_BOUND_T * LANES])
+            floor = cell[FLOOR * LANES]
+            turn = cell[M_L * LANES] / b_l
+            slope = cell[M_T * LANES] + idle_t
+            slope -= turn * (cell[B_T * LANES] + cell[BOUND_T * LANES])
             # Newton on log mu in log(T - floor)
             above = time - floor
             step = (
                 math.log(m / wanted) * m / max(-slope * above / time, 1e-300) if m > 0.0 else -1.0
             )
-            new = floor + above * math.exp(_cut(step, -3.0, 3.0))
+            new = floor + above * math.exp(cut(step, -3.0, 3.0))
             if not low < new < high:
                 if high == np.inf:
                     new = floor + 8.0 * above
@@ -730,302 +593,47 @@ def _bracket(block, cell, rows, device, i, low):
             if high - low <= 4e-16 * time:
                 return False
         dt = 2.0 * (new - time) / (new + time)
-        missing = missing - (cell[_B_T * LANES] + cell[_BOUND_T * LANES]) * dt
-        dl = _cut(missing / b_l, -_CUT, _CUT)
+        missing = missing - (cell[B_T * LANES] + cell[BOUND_T * LANES]) * dt
+        dl = cut(missing / b_l, -CUT, CUT)
         for l in range(LANES):
-            cell[_TIME * LANES + l] = new
-            cell[_INV_T * LANES + l] = 1.0 / new
-            cell[_DT * LANES + l] = dt
-            cell[_DL * LANES + l] = dl
-            cell[_LAM * LANES + l] *= _grow(dl)
-            cell[_PRICE * LANES + l] = cell[_LAM * LANES + l] / new
-            cell[_WORST * LANES + l] = abs(dl)
+            cell[TIME * LANES + l] = new
+            cell[INV_T * LANES + l] = 1.0 / new
+            cell[DT * LANES + l] = dt
+            cell[DL * LANES + l] = dl
+            cell[LAM * LANES + l] *= grow(dl)
+            cell[PRICE * LANES + l] = cell[LAM * LANES + l] / new
+            cell[WORST * LANES + l] = abs(dl)
         for r in range(rows):
-            row = block[r * _ROW : (r + 1) * _ROW]
+            row = block[r * ROW : (r + 1) * ROW]
             _limits(row, cell)
             _advance(row, cell, True)
         worst = 0.0
         for l in range(LANES):
-            worst = worst if worst > cell[_WORST * LANES + l] else cell[_WORST * LANES + l]
+            worst = worst if worst > cell[WORST * LANES + l] else cell[WORST * LANES + l]
         for l in range(LANES):
-            cell[_WORST * LANES + l] = worst
+            cell[WORST * LANES + l] = worst
     return False
 
 
 @entry
 def weighted_carefully(device, cell, target, shortest_s, points, scalars):
     """As ``weighted``, slower, and stopped by little; ``shortest_s`` without the fixed delay."""
-    devices = device.shape[2]
+    instances, _, devices = device.shape
     rows = (devices + LANES - 1) // LANES
-    cells = np.zeros(_CELL * LANES)
-    block = np.zeros(rows * _ROW)
-    for i in range(device.shape[0]):
-        stand_in = _first_live(device, i)
+    cells = np.zeros(CELL * LANES)
+    block = np.zeros(rows * ROW)
+    for i in range(instances):
         scalars[i, 0] = 0.0
-        if stand_in < 0:
+        if first_live(device, i) < 0:
             continue
-        for slot in range(rows * LANES):
-            k = min(slot, devices - 1)
-            live = slot < devices and device[i, 0, k] > 0.0
-            _load(block, slot, device, cell, i, k if live else stand_in, live)
-        floor = shortest_s[i]
-        cells[_FLOOR * LANES] = floor
-        cells[_TIME * LANES] = _first_time(device, cell, i, target[i], floor)
-        cells[_BAND * LANES] = cell[i, 0]
-        cells[_WANTED * LANES] = target[i]
-        cells[_WORST * LANES] = 1.0
-        _spread(cells)
-        _bracket(block, cells, rows, device, i, floor)
-        _store(block, cells, device, cell, i, 0, 1, 0, points, scalars)
-        scalars[i, 0] = 1.0
-
-
-# --- the shortest round: every device at full power and full frequency -----------------------------
-
-
-@kernel
-def _evaluate_shortest(row, cell):
-    """As ``_evaluate``, for ``phi(z) least = T - fast`` alone; T is carried as time above the floor."""
-    for l in range(LANES):
-        z = row[_Z * LANES + l]
-        least = row[_LEAST * LANES + l]
-        t = least + (row[_SPARE * LANES + l] + cell[_ABOVE * LANES + l])
-        e, expm1 = exp_pair(z)
-        p = _psi(z, expm1)
-        n1 = least * expm1
-        d1 = t * z
-        over = 1.0 / (p * (n1 + d1))
-        shrink = expm1 * (n1 + d1) * over  # 1/(dlog phi/dx)
-        r = 2.0 * (n1 - d1) * p * over
-        x = -r * shrink
-        x_t = shrink * cell[_ABOVE * LANES + l] / t
-        row[_X * LANES + l] = x
-        row[_X_T * LANES + l] = x_t
-        # b = PG/(e^z - 1)
-        b = row[_WEIGHT * LANES + l] * row[_A * LANES + l] / (least * expm1)
-        turn = -z * e / expm1
-        cell[_B * LANES + l] += b
-        cell[_B_0 * LANES + l] += b * _cut(turn * x, -_CUT, _CUT)
-        cell[_B_T * LANES + l] += b * turn * x_t
-
-
-@kernel
-def _advance_shortest(row, cell):
-    for l in range(LANES):
-        x = row[_X * LANES + l] + row[_X_T * LANES + l] * cell[_DT * LANES + l]
-        x = _cut(x, -_CUT, _CUT)
-        z = row[_Z * LANES + l] * _grow(x)
-        row[_Z * LANES + l] = z if z < 300.0 else 300.0
-        moved = abs(x)
-        worst = cell[_WORST * LANES + l]
-        cell[_WORST * LANES + l] = worst if worst > moved else moved
-
-
-@kernel
-def _iterate_shortest_rows(block, cell, rows, joined):
-    for r in range(rows):
-        row = block[r * _ROW : (r + 1) * _ROW]
-        for l in range(LANES):
-            t = row[_LEAST * LANES + l] + row[_SPARE * LANES + l] + cell[_ABOVE * LANES + l]
-            row[_Z * LANES + l] = _inverse_phi(t / row[_LEAST * LANES + l] - 1.0)
-    sweeps = 0
-    while sweeps < _ITERATIONS:
-        sweeps += 1
-        for l in range(LANES * _BOUND, LANES * _CELL):
-            cell[l] = 0.0
-        for r in range(rows):
-            _evaluate_shortest(block[r * _ROW : (r + 1) * _ROW], cell)
-        if joined:
-            _total(cell, _B)
-            _total(cell, _B_0)
-            _total(cell, _B_T)
-        worst = 0.0
-        for l in range(LANES):
-            b = cell[_B * LANES + l]
-            band = cell[_BAND * LANES + l]
-            missing = 2.0 * (band - b) / (band + b) * b - cell[_B_0 * LANES + l]
-            b_t = cell[_B_T * LANES + l]
-            dt = _cut(missing / (b_t if b_t < -1e-300 else -1e-300), -_CUT, _CUT)
-            cell[_DT * LANES + l] = dt
-            cell[_ABOVE * LANES + l] *= _grow(dt)
-            cell[_WORST * LANES + l] = abs(dt)
-        for r in range(rows):
-            _advance_shortest(block[r * _ROW : (r + 1) * _ROW], cell)
-        for l in range(LANES):
-            worst = worst if worst > cell[_WORST * LANES + l] else cell[_WORST * LANES + l]
-        if worst <= _CLOSE:
-            break
-    return sweeps
-
-
-@entry
-def _iterate_shortest(block, cell, rows, joined):
-    return _iterate_shortest_rows(block, cell, rows, joined)
-
-
-@kernel
-def _prepare_shortest(device, cell, i, lane, cells):
-    """Set a lane of the cell; return the floor of T, negative where there is nothing to upload.
-
-    The start lies between what the neediest device takes alone and in an even share of the band.
-    """
-    floor = -1.0
-    low = 0.0
-    high = 0.0
-    number = 0.0
-    for k in range(device.shape[2]):
-        number += 1.0 if device[i, 0, k] > 0.0 else 0.0
-    share = cell[i, 0] / number
-    for k in range(device.shape[2]):
-        if device[i, 0, k] > 0.0:
-            a = device[i, 0, k] * _LN2
-            fast = device[i, 1, k] / device[i, 5, k]
-            wide = device[i, 3, k] * device[i, 2, k] / cell[i, 1]
-            floor = max(floor, fast + a / wide)
-            low = max(low, fast + a / (cell[i, 0] * log(1.0 + wide / cell[i, 0])))
-            high = max(high, fast + a / (share * log(1.0 + wide / share)))
-    low = max(low - floor, 1e-12 * floor)
-    high = max(high - floor, low)
-    cells[_ABOVE * LANES + lane] = math.sqrt(low * high)
-    cells[_BAND * LANES + lane] = cell[i, 0]
-    return floor
-
-
-@kernel
-def _set_spare(block, slot, floor):
-    at = slot // LANES * _ROW + slot % LANES
-    ends = block[at + _FAST * LANES] + block[at + _LEAST * LANES]
-    block[at + _SPARE * LANES] = max(floor - ends, 0.0)
-
-
-@kernel
-def _store_shortest(block, cells, device, cell, i, first, stride, lane, floor, points, scalars):
-    """Decisions at the shortest round, and the least prices that support it.
-
-    The least price of bandwidth makes every device want the least band and full speed:
-    ``lam G = psi t (1 + n)`` with ``n e^z`` at least what computing at full speed costs.
-    Return False where a device without payload ends last: the others then have time to spare.
-    """
-    devices = device.shape[2]
-    above = cells[_ABOVE * LANES + lane]
-    band = cell[i, 0]
-    b_, p_, f_, t_ = points[i, 0], points[i, 1], points[i, 2], points[i, 3]
-    compute_, energy_ = points[i, 4], points[i, 5]
-    time = floor + above
-    total = 0.0
-    lam = 0.0
-    for k in range(devices):
-        slot = first + k * stride
-        at = slot // LANES * _ROW + slot % LANES
-        if device[i, 0, k] > 0.0:
-            z = block[at + _Z * LANES]
-            e, expm1 = exp_pair(z)
-            p = _psi(z, expm1)
-            least = block[at + _LEAST * LANES]
-            g = block[at + _G * LANES]
-            t = least + (block[at + _SPARE * LANES] + above)
-            b = block[at + _A * LANES] / (least * expm1)
-            steep = 2.0 * device[i, 6, k] * device[i, 5, k] ** 3
-            if device[i, 4, k] >= device[i, 5, k] or device[i, 1, k] <= 0.0:
-                steep = 0.0
-            extra = max(steep * t * g / block[at + _A * LANES] - p / z, 0.0) / e
-            lam = max(lam, t * p * (1.0 + extra) / g)
-        else:
-            b = 0.0
-            t = 0.0
-            if device[i, 1, k] / device[i, 5, k] > time:
-                return False
-        total += b
-        b_[k] = b
-        t_[k] = t
-    fill = band / total
-    mu = 0.0
-    whole = 0.0  # dmu/dlog lam
-    for k in range(devices):
-        slot = first + k * stride
-        at = slot // LANES * _ROW + slot % LANES
-        work = device[i, 1, k]
-        f = device[i, 5, k] if work > 0.0 else device[i, 4, k]
-        p = 0.0
-        if device[i, 0, k] > 0.0:
-            z = block[at + _Z * LANES]
-            e, expm1 = exp_pair(z)
-            g = block[at + _G * LANES]
-            a_over_g = block[at + _A * LANES] / g
-            value = _psi(z, expm1)
-            over = max(lam * g / (t_[k] * value) - 1.0, 0.0)
-            share = a_over_g / t_[k] * (over * e + value / z)
-            mu += share
-            whole += share + device[i, 3, k]
-            b = b_[k] * fill
-            z = device[i, 0, k] * _LN2 / (b * t_[k])
-            _, expm1 = exp_pair(z)
-            b_[k] = b
-            p = b * expm1 * cell[i, 1] / device[i, 2, k]
-        elif work > 0.0:
-            f = min(max(work / time, device[i, 4, k]), device[i, 5, k])
-            mu += 2.0 * device[i, 6, k] * f * f * f if work / time > device[i, 4, k] else 0.0
-        p_[k] = p
-        f_[k] = f
-        compute_[k] = work / f if work > 0.0 else 0.0
-        energy_[k] = p * t_[k] + device[i, 6, k] * work * f * f + device[i, 8, k]
-    scalars[i, 1] = time
-    scalars[i, 2] = lam
-    scalars[i, 3] = mu
-    scalars[i, 4] = whole
-    return True
-
-
-@entry
-def shortest(device, cell, points, scalars):
-    instances = device.shape[0]
-    devices = device.shape[2]
-    rows = (devices + LANES - 1) // LANES
-    groups = (instances + LANES - 1) // LANES
-    cells = np.zeros(_CELL * LANES)
-    floors = np.zeros(LANES)
-    sweeps = 0
-    by_lanes = _LANES_COST * groups * devices < instances * rows
-    block = np.zeros((devices if by_lanes else rows) * _ROW)
-    for group in range(groups if by_lanes else instances):
-        # by lanes a lane is an instance, else every lane is this instance
-        for lane in range(LANES if by_lanes else 1):
-            i = min(group * LANES + lane, instances - 1) if by_lanes else group
-            floors[lane] = _prepare_shortest(device, cell, i, lane, cells)
-            stand_in = max(_first_live(device, i), 0)
-            for slot in range(devices if by_lanes else rows * LANES):
-                k = min(slot, devices - 1)
-                live = slot < devices and device[i, 0, k] > 0.0
-                place = slot * LANES + lane if by_lanes else slot
-                _load(block, place, device, cell, i, k if live else stand_in, live)
-                _set_spare(block, place, floors[lane])
-        if not by_lanes:
-            _spread(cells)
-        sweeps += _iterate_shortest(block, cells, devices if by_lanes else rows, not by_lanes) * (
-            LANES if by_lanes else 1
-        )
-        if by_lanes:
-            for lane in range(min(LANES, instances - group * LANES)):
-                i = group * LANES + lane
-                good = floors[lane] >= 0.0 and cells[_WORST * LANES + lane] <= _CLOSE
-                good = good and _store_shortest(
-                    block, cells, device, cell, i, lane, LANES, lane, floors[lane], points, scalars
-                )
-                scalars[i, 0] = 1.0 if good else 0.0
-        else:
-            good = floors[0] >= 0.0 and _all_close(cells)
-            good = good and _store_shortest(
-                block, cells, device, cell, group, 0, 1, 0, floors[0], points, scalars
-            )
-            scalars[group, 0] = 1.0 if good else 0.0
-    return sweeps
-
-
-@entry
-def least_energy(device, cell, target, points, scalars):
-    return _solve(device, cell, target, points, scalars, False)
-
-
-@entry
-def weighted(device, cell, target, points, scalars):
-    return _solve(device, cell, target, points, scalars, True)
+        load(block, cells, device, cell, i, 0, True)
+        cells[WANTED * LANES] = target[i]
+        spread(cells)
+        take_in(block, cells, rows, True, True)
+        cells[FLOOR * LANES] = shortest_s[i]
+        cells[WORST * LANES] = 1.0
+        spread(cells)
+        _first_times(cells)
+        _bracket(block, cells, rows, device, i, shortest_s[i])
+        finish(block, cells, rows, True)
+        take_out(block, cells, device, i, 0, True, points, scalars)

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pwff_solvers.allocation import certificate, fdma, newton, tdma
+from pwff_solvers.allocation import block, certificate, fdma, newton, newton_shortest, tdma
 from pwff_solvers.allocation.allocation import Allocation, Status
 from pwff_solvers.allocation.batch import Batch, FloatArray, per_instance
 from pwff_solvers.allocation.certificate import GAP_TOLERANCE, VIOLATION_TOLERANCE
@@ -132,7 +132,7 @@ def solve(
     problem = _Problem(type(objective), access)
     with np.errstate(all="ignore"):
         # no more threads than give each a good piece of work; pieces do not depend on their number
-        size = max(newton.LANES, _PIECE // batch.devices // newton.LANES * newton.LANES)
+        size = max(block.LANES, _PIECE // batch.devices // block.LANES * block.LANES)
         if threads == 1 or batch.instances <= size:
             return _solve_piece(batch, problem, target).allocation(batch, problem, target)
         pieces = [slice(i, i + size) for i in range(0, batch.instances, size)]
@@ -259,14 +259,14 @@ def _newton(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
     device, cell = batch.device, batch.cell
     instances = device.shape[0]
     decision = np.empty((instances, 6, device.shape[2]))
-    scalars = np.zeros((instances, newton.SCALARS))
+    scalars = np.zeros((instances, block.SCALARS))
     kind = _KINDS[problem.objective]
     if problem.objective is LeastEnergy:
         newton.least_energy(device, cell, target, decision, scalars)
     elif problem.objective is Weighted:
         newton.weighted(device, cell, target, decision, scalars)
     else:
-        newton.shortest(device, cell, decision, scalars)
+        newton_shortest.shortest(device, cell, decision, scalars)
     rest = np.flatnonzero(scalars[:, 0] == 0)
     if rest.size:
         if problem.objective is Weighted:
@@ -285,7 +285,7 @@ def _newton(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
         lam=lam,
         mu=mu,
         shortest=missing,
-        binding=missing,
+        binding=missing.copy(),
         gap=gap,
         violation=violation,
         perfect=perfect and not rest.size,
@@ -307,7 +307,7 @@ def _idle_last(
     """Overwrite ``rows``: a device without payload ends last, the others have time to spare."""
     fast = np.where(batch.payload_bit > 0, 0.0, batch.work_cycles / batch.frequency_max_hz)
     points = np.empty((rows.size, 6, batch.devices))
-    found = np.zeros((rows.size, newton.SCALARS))
+    found = np.zeros((rows.size, block.SCALARS))
     newton.least_energy(batch.device, batch.cell, fast.max(1) + batch.cell[:, 2], points, found)
     found[:, 1] = fast.max(1)
     decision[rows], scalars[rows] = points, found
@@ -326,8 +326,8 @@ def _hard_prices(
     ``dmu_k/dlog lam = mu_k + P_k``: so the wanted price of time is met exactly.
     """
     points = np.empty((rows.size, 6, batch.devices))
-    edge = np.zeros((rows.size, newton.SCALARS))
-    newton.shortest(batch.device, batch.cell, points, edge)
+    edge = np.zeros((rows.size, block.SCALARS))
+    newton_shortest.shortest(batch.device, batch.cell, points, edge)
     stop = (edge[:, 0] > 0) & (edge[:, 3] <= price)
     edge[:, 2] *= 1.0 + (price - edge[:, 3]) / edge[:, 4]
     edge[:, 3] = price
@@ -335,7 +335,7 @@ def _hard_prices(
     if go.size:
         part = batch.take(go)
         inner = np.empty((go.size, 6, batch.devices))
-        scalar = np.zeros((go.size, newton.SCALARS))
+        scalar = np.zeros((go.size, block.SCALARS))
         newton.weighted_carefully(part.device, part.cell, price[go], edge[go, 1], inner, scalar)
         points[go], edge[go] = inner, scalar
     decision[rows] = points
