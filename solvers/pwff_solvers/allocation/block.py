@@ -23,7 +23,7 @@ SCALARS = 5
 # log-steps are cut here, well inside the range of the rational exponential below
 CUT = 1.8
 # The last step taken; quadratic convergence leaves about its square.
-CLOSE = 1e-5
+CLOSE = 3e-6
 _LN2 = math.log(2.0)
 # A block of instances waits for its slowest, which costs about this factor.
 _LANES_COST = 1.35

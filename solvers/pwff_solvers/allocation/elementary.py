@@ -10,9 +10,11 @@ Numba is used where it can be imported, unless the environment says ``PWFF_NUMBA
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -67,21 +69,30 @@ if COMPILED and not TYPE_CHECKING:
     from numba.core import types
     from numba.extending import intrinsic
 
-    def kernel(function: _Function) -> _Function:
-        """Compile, and inline wherever it is called: a call would stop vectorisation.
+    # Numba's cache asks only whether the file of the function itself has changed, not those that it
+    # takes constants and kernels from: so the stamp is that of every source in this folder.
+    _STAMP = hashlib.sha256(
+        b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    ).hexdigest()
 
-        Contraction (fused multiply-add) is allowed, reordering is not: results do not depend on
-        how a loop was cut.
+    def _compiled(function: _Function, **options: Any) -> _Function:
+        """Compile; contraction (fused multiply-add) is allowed, reordering is not.
+
+        So results do not depend on how a loop was cut.
         """
-        return numba.njit(
-            fastmath={"contract", "nsz"}, error_model="numpy", cache=True, forceinline=True
+        dispatcher = numba.njit(
+            fastmath={"contract", "nsz"}, error_model="numpy", cache=True, **options
         )(function)
+        dispatcher._cache._cache_file._source_stamp = _STAMP
+        return dispatcher
+
+    def kernel(function: _Function) -> _Function:
+        """Compile, and inline wherever it is called: a call would stop vectorisation."""
+        return _compiled(function, forceinline=True)
 
     def entry(function: _Function) -> _Function:
         """Compile a function that Python calls; it lets other threads run."""
-        return numba.njit(
-            fastmath={"contract", "nsz"}, error_model="numpy", cache=True, nogil=True
-        )(function)
+        return _compiled(function, nogil=True)
 
     @intrinsic
     def _bits(typing: Any, real: Any) -> Any:

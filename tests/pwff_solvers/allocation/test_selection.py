@@ -110,7 +110,8 @@ def check_optimum(plan, best):
     assert (plan.status[good] == Status.OPTIMAL).all()
     value, bound = plan.value_j[good], plan.bound_j[good]
     np.testing.assert_allclose(value, best[good], rtol=1e-8)
-    assert (bound <= best[good] * (1 + 1e-11)).all()
+    # the enumerated optima come from `solve`, whose points keep every limit to 1e-9
+    assert (bound <= best[good] * (1 + 1e-9)).all()
     assert (plan.gap[good] <= 1e-8).all()
     np.testing.assert_allclose(bound, value * (1 - plan.gap[good]), rtol=1e-14)
 
