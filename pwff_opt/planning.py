@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 from pwff_opt.costs import CostModel, Demand, Workload
 from pwff_opt.decision import Codec, LayerState, RoundDecision, Schedule
@@ -29,6 +28,7 @@ from pwff_solvers.allocation import (
     Shortest,
     Status,
     Weighted,
+    least_energy_within,
     solve,
 )
 from pwff_solvers.evolution import SetSearch
@@ -123,7 +123,8 @@ class Planner:
         """Return the best allocation of every round of a schedule.
 
         Give a price of time (J/s), or the longest total delay: then the energy is the least
-        possible within it, all rounds sharing the price of time that the deadline amounts to.
+        possible within it, all rounds sharing the price of time that the deadline amounts to (0 where
+        it does not bind).
 
         Raises
         ------
@@ -135,31 +136,18 @@ class Planner:
         problem = self._problem(schedule)
         access = self.scenario.cell.access
 
-        def at(price: float) -> Allocation:
-            return _certified(solve(problem, Weighted(price), access))
-
-        if delay_max_s is not None:
-            fastest = _certified(solve(problem, Shortest(), access))
-            shortest_s = float(fastest.round_s.sum())
+        if delay_max_s is None:
+            assert price_of_time_w is not None
+            allocation = solve(problem, Weighted(price_of_time_w), access)
+        else:
+            shortest_s = float(_certified(solve(problem, Shortest(), access)).round_s.sum())
             if delay_max_s < shortest_s:
                 raise InfeasibleError(
                     f"delay_max_s must be at least {shortest_s:.6g} s, the shortest total delay of "
                     f"{schedule}, got {delay_max_s:g}"
                 )
-            reference_w = float(fastest.energy_j.sum()) / shortest_s
-            low, high = np.log(reference_w) + np.log(10.0) * np.array([-12.0, 9.0])
-
-            def excess(log_price: float) -> float:
-                return float(np.log(at(np.exp(log_price)).round_s.sum() / delay_max_s))
-
-            if excess(low) <= 0:  # the deadline does not bind
-                price_of_time_w = float(np.exp(low))
-            elif excess(high) >= 0:
-                price_of_time_w = float(np.exp(high))
-            else:
-                price_of_time_w = float(np.exp(brentq(excess, low, high, xtol=1e-10)))
-        assert price_of_time_w is not None
-        allocation = at(price_of_time_w)
+            allocation, price_of_time_w = least_energy_within(problem, delay_max_s, access)
+        allocation = _certified(allocation)
         return Plan(
             schedule=schedule,
             demand=self.costs.demand(schedule),

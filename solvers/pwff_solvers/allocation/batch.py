@@ -2,75 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from pwff_solvers.allocation.checks import NOT_NEGATIVE, POSITIVE, Rule, as_array, check
 from pwff_solvers.allocation.elementary import COMPILED, FloatArray, entry
 from pwff_solvers.allocation.errors import InvalidInputError
 
-__all__ = ["Batch", "FloatArray", "per_instance"]
+__all__ = ["Batch", "FloatArray"]
 
-
-# argument -> (rule in words, True where the rule holds)
-_Rule = tuple[str, Callable[[FloatArray], NDArray[np.bool_]]]
-_POSITIVE: _Rule = ("positive", lambda x: x > 0)
-_NOT_NEGATIVE: _Rule = ("at least 0", lambda x: x >= 0)
-_DEVICE: dict[str, _Rule] = {
-    "payload_bit": _NOT_NEGATIVE,
-    "work_cycles": _NOT_NEGATIVE,
-    "gain": _POSITIVE,
-    "power_max_w": _POSITIVE,
-    "frequency_min_hz": _NOT_NEGATIVE,
-    "frequency_max_hz": _POSITIVE,
-    "kappa": _NOT_NEGATIVE,
-    "power_min_w": _NOT_NEGATIVE,
-    "fixed_energy_j": _NOT_NEGATIVE,
+_DEVICE: dict[str, Rule] = {
+    "payload_bit": NOT_NEGATIVE,
+    "work_cycles": NOT_NEGATIVE,
+    "gain": POSITIVE,
+    "power_max_w": POSITIVE,
+    "frequency_min_hz": NOT_NEGATIVE,
+    "frequency_max_hz": POSITIVE,
+    "kappa": NOT_NEGATIVE,
+    "power_min_w": NOT_NEGATIVE,
+    "fixed_energy_j": NOT_NEGATIVE,
 }
-_CELL: dict[str, _Rule] = {
-    "bandwidth_hz": _POSITIVE,
-    "noise_psd_w_per_hz": _POSITIVE,
-    "fixed_delay_s": _NOT_NEGATIVE,
+_CELL: dict[str, Rule] = {
+    "bandwidth_hz": POSITIVE,
+    "noise_psd_w_per_hz": POSITIVE,
+    "fixed_delay_s": NOT_NEGATIVE,
 }
 _NAMES = (*_DEVICE, *_CELL)
-
-
-def _array(name: str, value: ArrayLike) -> FloatArray:
-    """Return ``value`` as a float array, or say why it is not one."""
-    try:
-        return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        message = f"{name} must be an array of real numbers, got {value!r}"
-        raise InvalidInputError(message) from error
-
-
-def _place(name: str, index: tuple[int, ...]) -> str:
-    return f"{name}[{', '.join(str(i) for i in index)}]" if index else name
-
-
-def _check(name: str, array: FloatArray, rule: _Rule) -> None:
-    """Raise at the first entry that is not finite or breaks the rule."""
-    for words, good in (("finite", np.isfinite(array)), (rule[0], rule[1](array))):
-        if not good.all():
-            index = tuple(int(i) for i in np.argwhere(~good)[0]) if array.ndim else ()
-            raise InvalidInputError(f"{_place(name, index)} must be {words}, got {array[index]}")
-
-
-def per_instance(name: str, value: ArrayLike, instances: int) -> FloatArray:
-    """Check a positive quantity and broadcast it to [instance]."""
-    array = _array(name, value)
-    # of one number in one step, for the sake of the single online decision
-    if not (array.size == 1 and 0.0 < array.item() < np.inf):
-        _check(name, array, _POSITIVE)
-    if array.ndim > 1 or (array.ndim == 1 and array.size not in (1, instances)):
-        raise InvalidInputError(
-            f"{name} must have shape [{instances}] or be a scalar, got shape {list(array.shape)}"
-        )
-    result = np.empty(instances)
-    result[:] = array
-    return result
 
 
 def _column(number: int) -> property:
@@ -170,7 +129,7 @@ class Batch:
         fixed_delay_s: ArrayLike = 0.0,
     ) -> None:
         arrays = [
-            _array(name, value)
+            as_array(name, value)
             for name, value in zip(
                 _NAMES,
                 (
@@ -206,6 +165,20 @@ class Batch:
         part = object.__new__(Batch)
         part._own(self.device[rows], self.cell[rows])
         return part
+
+    def replace(self, **arguments: ArrayLike) -> Batch:
+        """Return the batch with some arguments replaced, checked like any other.
+
+        Examples
+        --------
+        >>> batch = Batch(payload_bit=[1e5, 2e5], work_cycles=1e9, gain=1e-10, power_max_w=0.1,
+        ...               frequency_min_hz=0.0, frequency_max_hz=2e9, kappa=1e-28,
+        ...               bandwidth_hz=1e6, noise_psd_w_per_hz=4e-21)
+        >>> batch.replace(payload_bit=[3e5, 4e5]).payload_bit.tolist()
+        [[300000.0, 400000.0]]
+        """
+        kept: dict[str, Any] = {name: getattr(self, name) for name in _NAMES}
+        return Batch(**kept | arguments)
 
     @property
     def instances(self) -> int:
@@ -258,7 +231,7 @@ def _good(device: FloatArray, cell: FloatArray) -> bool:
 def _complain(arrays: list[FloatArray], device: FloatArray) -> None:
     """Raise for the first rule that is broken, if any, naming argument, index, rule and value."""
     for name, array in zip(_NAMES, arrays, strict=True):
-        _check(name, array, _DEVICE.get(name) or _CELL[name])
+        check(name, array, _DEVICE.get(name) or _CELL[name])
     _check_order(device[:, 7], device[:, 3], "power_min_w", "power_max_w")
     _check_order(device[:, 4], device[:, 5], "frequency_min_hz", "frequency_max_hz")
 

@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from pwff_solvers.allocation import certificate
 from pwff_solvers.allocation.allocation import Status
-from pwff_solvers.allocation.batch import Batch, FloatArray, _array, _check, per_instance
+from pwff_solvers.allocation.batch import Batch, FloatArray
+from pwff_solvers.allocation.checks import as_array, check, per_instance
 from pwff_solvers.allocation.fdma import Cell
 from pwff_solvers.allocation.fdma_devices import Devices, limits
 from pwff_solvers.allocation.objectives import LeastEnergy
@@ -233,5 +234,5 @@ def _best_time(d: Devices, time: float, band: FloatArray) -> tuple[FloatArray, F
 def _whole(name: str, value: ArrayLike, instances: int) -> FloatArray:
     """Check a positive whole number and broadcast it to [instance]."""
     array = per_instance(name, value, instances)
-    _check(name, _array(name, value), ("a whole number", lambda x: x == np.floor(x)))
+    check(name, as_array(name, value), ("a whole number", lambda x: x == np.floor(x)))
     return array

@@ -24,6 +24,7 @@ Every formula works on arrays [instance, device].
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +123,7 @@ class Multipliers:
 def _psi1(z: Any, e: Any, expm1: Any) -> Any:
     """Return ``1 + (z-1)e^z``; by its power series where the closed form cancels."""
     small = select(z < 0.25, z, 0.25)
-    series = _P[12]
+    series: Any = _P[12]
     for n in range(11, -1, -1):
         series = series * small + _P[n]
     return select(z < 0.25, series * small * small, z * e - expm1)
@@ -132,7 +133,7 @@ def _psi1(z: Any, e: Any, expm1: Any) -> Any:
 def _capacity_slope1(x: Any, logarithm: Any) -> Any:
     """Return ``log(1+x) - x/(1+x)``, the slope in b of ``b log(1 + PG/b)`` at ``x = PG/b``."""
     small = select(x < 0.02, x, 0.02)
-    series = _Q[9]
+    series: Any = _Q[9]
     for n in range(8, -1, -1):
         series = series * small + _Q[n]
     return select(x < 0.02, series * small * small, logarithm - x / (1.0 + x))
@@ -414,15 +415,17 @@ def judge(device: Any, cell: Any, point: Any, time: Any, lam: Any, target: Any, 
 
 if not COMPILED:
 
+    def _split(packed: Any, rows: Iterable[int]) -> list[Any]:
+        return [packed[:, row] for row in rows]
+
     def _energies(
         device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any, time: Any, price: Any
     ) -> Any:
         band, noise = cell[:, 0, None], cell[:, 1, None]
         idle = idle_mu if idle_mu.shape[0] else 0.0
         part, mu, energy, least, first = _energy_terms(
-            *(device[:, j] for j in range(7)), *(point[:, j] for j in range(4)),
-            band, noise, lam[:, None], idle,
-        )  # fmt: skip
+            *[*_split(device, range(7)), *_split(point, range(4)), band, noise, lam[:, None], idle]
+        )
         mu, energy = mu.sum(1), energy.sum(1)
         bound = _energy_bound_of(
             part.sum(1), mu, energy, least.sum(1), first.max(1), lam, cell[:, 0], time, price
@@ -432,7 +435,7 @@ if not COMPILED:
     def _violations(device: Any, cell: Any, point: Any, time: Any, tdma: bool) -> Any:
         order = (0, 1, 2, 3, 7, 4, 5)
         worst, wait, end = _violation_terms(
-            *(device[:, j] for j in order), *(point[:, j] for j in range(4)), cell[:, 1, None]
+            *[*_split(device, order), *_split(point, range(4)), cell[:, 1, None]]
         )
         band = point[:, 0].max(1) if tdma else point[:, 0].sum(1)
         last = wait.max(1) + point[:, 3].sum(1) if tdma else end.max(1)
@@ -443,7 +446,7 @@ if not COMPILED:
         order = (0, 1, 2, 3, 5)
         band, noise = cell[:, 0, None], cell[:, 1, None]
         ratio, part, alone = _shortest_terms(
-            *(device[:, j] for j in order), point[:, 0], point[:, 3], band, noise
+            *[*_split(device, order), *_split(point, (0, 3)), band, noise]
         )
         return _shortest_bound_of(ratio.sum(1), part.sum(1), alone.max(1), cell[:, 0])
 
@@ -470,24 +473,25 @@ def _capacity_slope(x: FloatArray) -> FloatArray:
     return np.where(x < 0.02, series, np.log1p(x) - x / (1.0 + x))
 
 
-def _columns(batch: Batch) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+def columns(batch: Batch) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Payload [nat], G [Hz/W], bandwidth and fixed delay as columns."""
     nats = batch.payload_bit * np.log(2.0)
     g = batch.gain / batch.noise_psd_w_per_hz[:, None]
     return nats, g, batch.bandwidth_hz[:, None], batch.fixed_delay_s[:, None]
 
 
-def _compute_minimum(batch: Batch, mu: FloatArray) -> FloatArray:
+def compute_minimum(batch: Batch, mu: FloatArray) -> FloatArray:
     """Return ``min over f of kappa c f^2 + mu c / f``."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        f = np.cbrt(np.where(mu > 0, mu / (2.0 * batch.kappa), 0.0))
+        priced = (mu > 0) & (batch.work_cycles > 0)
+        f = np.cbrt(np.where(priced, mu / (2.0 * batch.kappa), 0.0))
         f = np.clip(f, batch.frequency_min_hz, batch.frequency_max_hz)
-        wait = np.where(mu > 0, mu * batch.work_cycles / f, 0.0)
+        wait = np.where(priced, mu * batch.work_cycles / f, 0.0)
     least: FloatArray = batch.kappa * batch.work_cycles * f**2 + wait
     return least
 
 
-def _box(gradient: FloatArray, below: FloatArray, above: FloatArray) -> FloatArray:
+def box(gradient: FloatArray, below: FloatArray, above: FloatArray) -> FloatArray:
     """Return the least value of ``gradient * step`` for ``-below <= step <= above``."""
     return np.minimum(-gradient * below, 0.0) + np.minimum(gradient * above, 0.0)
 
@@ -571,7 +575,7 @@ def energy_gap(
         doubtful = np.abs(gap) > GAP_TOLERANCE
         if doubtful.any():
             edge = shortest_gap(batch, point, access)
-            corner = doubtful & _at_full_power(batch, point) & (np.abs(edge) <= 1e-9)
+            corner = doubtful & at_full_power(batch, point) & (np.abs(edge) <= 1e-9)
             gap = np.where(corner, edge, gap)
     return gap
 
@@ -583,7 +587,7 @@ def shortest_gap(batch: Batch, point: Primal, access: str) -> FloatArray:
     return np.asarray((value - bound) / np.where(value != 0, value, 1.0))
 
 
-def _at_full_power(batch: Batch, point: Primal) -> NDArray[np.bool_]:
+def at_full_power(batch: Batch, point: Primal) -> NDArray[np.bool_]:
     """True where every device that uploads has full power and full frequency."""
     live = batch.payload_bit > 0
     power = point.power_w >= (1.0 - 1e-9) * batch.power_max_w
@@ -623,7 +627,7 @@ def _tdma_energy_bound(
     batch: Batch, point: Primal, multipliers: Multipliers, price_of_time_w: FloatArray | None
 ) -> FloatArray:
     """Lower bound with TDMA: one multiplier, the price of time, split over the computing."""
-    a, g, band, delay = _columns(batch)
+    a, g, band, delay = columns(batch)
     live = a > 0
     mu = (multipliers.time_w if price_of_time_w is None else price_of_time_w)[:, None]
     t = np.where(live, point.upload_s, 1.0)
@@ -643,12 +647,12 @@ def _tdma_energy_bound(
     upload = (
         energy
         + mu * t
-        + _box(gradient, np.maximum(t - shortest, 0), np.maximum(np.minimum(longest, most) - t, 0))
+        + box(gradient, np.maximum(t - shortest, 0), np.maximum(np.minimum(longest, most) - t, 0))
     )
     share = _computing_prices(batch, point.frequency_hz, deadline, np.ones_like(live), mu)
     total = share.sum(1, keepdims=True)
     share = share * np.minimum(mu / np.where(total > 0, total, 1.0), 1.0)
-    bound: FloatArray = (np.where(live, upload, 0.0) + _compute_minimum(batch, share)).sum(1)
+    bound: FloatArray = (np.where(live, upload, 0.0) + compute_minimum(batch, share)).sum(1)
     # price that no device takes up still pays for the earliest deadline there is
     earliest = (batch.work_cycles / batch.frequency_max_hz).max(1)
     bound = bound + np.maximum(mu[:, 0] - share.sum(1), 0.0) * earliest
@@ -665,7 +669,7 @@ def shortest_bound(batch: Batch, point: Primal, access: str) -> FloatArray:
     ``sum b <= B`` (eta).  Stationarity gives ``eta = nu slope_k`` and ``mu = nu a/t^2``; the
     common eta is whatever makes ``sum mu = 1``.  TDMA: the times simply add up.
     """
-    a, g, band, delay = _columns(batch)
+    a, g, band, delay = columns(batch)
     live = a > 0
     wide = batch.power_max_w * g
     fast = batch.work_cycles / batch.frequency_max_hz

@@ -2,19 +2,14 @@ r"""The downlink: one broadcast to all devices, at the rate the weakest can deco
 
 from __future__ import annotations
 
-from inspect import signature
-from typing import Any
-
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pwff_solvers.allocation.batch import Batch, FloatArray, _array, _check, _Rule
+from pwff_solvers.allocation.batch import Batch
+from pwff_solvers.allocation.checks import NOT_NEGATIVE, POSITIVE, filled
 from pwff_solvers.allocation.errors import InvalidInputError
 
-__all__ = ["broadcast", "changed"]
-
-_POSITIVE: _Rule = ("positive", lambda x: x > 0)
-_NOT_NEGATIVE: _Rule = ("at least 0", lambda x: x >= 0)
+__all__ = ["broadcast"]
 
 
 def broadcast(
@@ -77,45 +72,16 @@ def broadcast(
     if not isinstance(batch, Batch):
         raise InvalidInputError(f"batch must be a Batch, got {type(batch).__name__}")
     cell, device = (batch.instances,), (batch.instances, batch.devices)
-    payload = _filled("payload_bit", payload_bit, _NOT_NEGATIVE, cell)
-    power = _filled("power_w", power_w, _POSITIVE, cell)
-    h = batch.gain if gain is None else _filled("gain", gain, _POSITIVE, device)
+    payload = filled("payload_bit", payload_bit, NOT_NEGATIVE, cell)
+    power = filled("power_w", power_w, POSITIVE, cell)
+    h = batch.gain if gain is None else filled("gain", gain, POSITIVE, device)
     band = batch.bandwidth_hz
     if bandwidth_hz is not None:
-        band = _filled("bandwidth_hz", bandwidth_hz, _POSITIVE, cell)
-    receiving = _filled("receive_power_w", receive_power_w, _NOT_NEGATIVE, device)
+        band = filled("bandwidth_hz", bandwidth_hz, POSITIVE, cell)
+    receiving = filled("receive_power_w", receive_power_w, NOT_NEGATIVE, device)
     snr = power * h.min(axis=1) / (batch.noise_psd_w_per_hz * band)
     duration = payload * np.log(2.0) / (band * np.log1p(snr))
-    return changed(
-        batch,
+    return batch.replace(
         fixed_delay_s=batch.fixed_delay_s + duration,
         fixed_energy_j=batch.fixed_energy_j + receiving * duration[:, None],
     )
-
-
-def changed(batch: Batch, **arguments: ArrayLike) -> Batch:
-    """Return the batch with some of its arguments replaced, checked like any other.
-
-    Examples
-    --------
-    >>> batch = Batch(payload_bit=[1e5, 2e5], work_cycles=1e9, gain=1e-10, power_max_w=0.1,
-    ...               frequency_min_hz=0.0, frequency_max_hz=2e9, kappa=1e-28, bandwidth_hz=1e6,
-    ...               noise_psd_w_per_hz=4e-21)
-    >>> changed(batch, payload_bit=[3e5, 4e5]).payload_bit.tolist()
-    [[300000.0, 400000.0]]
-    """
-    kept: dict[str, Any] = {name: getattr(batch, name) for name in signature(Batch).parameters}
-    return Batch(**kept | arguments)
-
-
-def _filled(name: str, value: ArrayLike, rule: _Rule, shape: tuple[int, ...]) -> FloatArray:
-    """Check an argument and broadcast it to the shape."""
-    array = _array(name, value)
-    _check(name, array, rule)
-    try:
-        return np.broadcast_to(array, shape)
-    except ValueError as error:
-        axes = "[instance]" if len(shape) == 1 else "[instance, device]"
-        raise InvalidInputError(
-            f"{name} must broadcast to {axes} = {list(shape)}, got shape {list(array.shape)}"
-        ) from error

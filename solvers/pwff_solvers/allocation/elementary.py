@@ -193,7 +193,8 @@ else:
 
     def select(condition: Any, yes: Any, no: Any) -> FloatArray:
         """Return ``yes`` where the condition holds, else ``no``."""
-        return np.where(condition, yes, no)
+        result: FloatArray = np.where(condition, yes, no)
+        return result
 
     def exp_pair(x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return ``e^x`` and ``e^x - 1``, x cut to [-700, 700]; both to a few units in the last place."""
@@ -209,7 +210,8 @@ else:
 
     def rough_exp(x: FloatArray) -> FloatArray:
         """Return ``e^x`` within a tenth: for first guesses."""
-        return exp_pair(x)[0]
+        result: FloatArray = exp_pair(x)[0]
+        return result
 
     def log1p(x: FloatArray) -> FloatArray:
         """Return ``log(1 + x)`` for x >= 0."""

@@ -375,7 +375,7 @@ def _restart(block, cell, rows, joined):
             cell[M_L * LANES + l] = level
             cell[M_T * LANES + l] = gap
             cell[M * LANES + l] = z * step
-            far = max(far, abs(gap))
+            far = abs(gap) if abs(gap) > far else far
         if far < 0.3:
             break
     for l in range(LANES):

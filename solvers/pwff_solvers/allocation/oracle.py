@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pwff_solvers.allocation.batch import Batch, FloatArray, per_instance
+from pwff_solvers.allocation.batch import Batch, FloatArray
+from pwff_solvers.allocation.checks import per_instance
 from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Objective, Shortest, Weighted
 

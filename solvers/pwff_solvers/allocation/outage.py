@@ -47,7 +47,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from pwff_solvers.allocation import certificate
 from pwff_solvers.allocation.allocation import Allocation, Status
-from pwff_solvers.allocation.batch import Batch, FloatArray, _array, _check, _Rule, per_instance
+from pwff_solvers.allocation.batch import Batch, FloatArray
+from pwff_solvers.allocation.checks import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    Rule,
+    filled,
+    per_instance,
+)
 from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Shortest
 from pwff_solvers.allocation.solve import GAP_TOLERANCE, VIOLATION_TOLERANCE, solve
@@ -57,9 +64,7 @@ __all__ = ["outage_bound", "outage_probability", "solve_outage"]
 
 # Relative excess of the least bandwidths, or of t_q, that passes for rounding of the round length.
 _EDGE = 1e-10
-_POSITIVE: _Rule = ("positive", lambda x: x > 0)
-_NOT_NEGATIVE: _Rule = ("at least 0", lambda x: x >= 0)
-_PROPER: _Rule = ("above 0 and below 1", lambda x: (x > 0) & (x < 1))
+_PROPER: Rule = ("above 0 and below 1", lambda x: (x > 0) & (x < 1))
 
 
 def outage_probability(
@@ -108,8 +113,8 @@ def outage_probability(
     >>> outage_probability(batch, solve(batch, Shortest())).round(6).tolist()
     [[0.000432, 0.0]]
     """
-    m = _per_device(batch, "waterfall", waterfall, _POSITIVE)
-    interference = _per_device(batch, "interference_w", interference_w, _NOT_NEGATIVE)
+    m = _per_device(batch, "waterfall", waterfall, POSITIVE)
+    interference = _per_device(batch, "interference_w", interference_w, NOT_NEGATIVE)
     b, p = allocation.bandwidth_hz, allocation.power_w
     if b.shape != batch.gain.shape:
         raise InvalidInputError(
@@ -183,7 +188,7 @@ def solve_outage(
     [[0.005737, 0.01]]
     """
     q_max = _per_device(batch, "outage_max", outage_max, _PROPER)
-    m = _per_device(batch, "waterfall", waterfall, _POSITIVE)
+    m = _per_device(batch, "waterfall", waterfall, POSITIVE)
     target = per_instance("round_s", round_s, batch.instances)
     if (batch.power_min_w > 0).any():
         i, k = (int(v) for v in np.argwhere(batch.power_min_w > 0)[0])
@@ -212,7 +217,11 @@ def solve_outage(
     alone = cell.alone()
     late = np.fmax(certificate.shortest_bound(batch, point, "fdma"), alone.max(1))
     edge = _relative(target, late)
-    corner = (np.abs(gap) > GAP_TOLERANCE) & (np.abs(edge) <= 1e-9) & _at_full_power(batch, point)
+    corner = (
+        (np.abs(gap) > GAP_TOLERANCE)
+        & (np.abs(edge) <= 1e-9)
+        & certificate.at_full_power(batch, point)
+    )
     gap = np.where(corner, edge, gap)
     q = _outage(batch, b, p, m, np.zeros_like(m))
     violation = np.maximum(certificate.violation(batch, point, "fdma"), (q / q_max).max(1) - 1.0)
@@ -297,8 +306,8 @@ def outage_bound(
     True
     """
     q_max = _per_device(batch, "outage_max", outage_max, _PROPER)
-    z_min = np.log1p(_per_device(batch, "waterfall", waterfall, _POSITIVE) / -np.log1p(-q_max))
-    a, g, band, delay = _columns(batch)
+    z_min = np.log1p(_per_device(batch, "waterfall", waterfall, POSITIVE) / -np.log1p(-q_max))
+    a, g, band, delay = certificate.columns(batch)
     live = a > 0
     c, kappa, power = batch.work_cycles, batch.kappa, batch.power_max_w
     lam = price_of_bandwidth_j_per_hz[:, None]
@@ -315,13 +324,15 @@ def outage_bound(
         least = a / g * np.expm1(z_min) / z_min
         sent = theta * (b * t * np.expm1(z) / g) + (1.0 - theta) * least
         sent = sent + nu * (a / t - b * capacity)
-        sent = sent + _box(lam - theta * value * t - nu * slope, b, band - b)
+        sent = sent + certificate.box(lam - theta * value * t - nu * slope, b, band - b)
         below = np.maximum(t - least / power, 0.0)
         above = np.maximum(time - c / batch.frequency_max_hz - t, 0.0)
         flat = theta * value * b + nu * a / t**2
         slower = np.where(f > batch.frequency_min_hz, 2.0 * kappa * f**3, 0.0)
         parts = [
-            _least_compute(batch, mu) - mu * (time - t) + _box(mu - flat, below, above)
+            certificate.compute_minimum(batch, mu)
+            - mu * (time - t)
+            + certificate.box(mu - flat, below, above)
             for mu in (flat, np.where(c > 0, slower, 0.0))
         ]
         # without a payload there is nothing to relax
@@ -334,33 +345,11 @@ def outage_bound(
     return bound
 
 
-def _columns(batch: Batch) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Payload [nat], G [Hz/W], bandwidth and fixed delay as columns."""
-    nats = batch.payload_bit * np.log(2.0)
-    g = batch.gain / batch.noise_psd_w_per_hz[:, None]
-    return nats, g, batch.bandwidth_hz[:, None], batch.fixed_delay_s[:, None]
-
-
-def _box(gradient: FloatArray, below: FloatArray, above: FloatArray) -> FloatArray:
-    """Return the least value of ``gradient * step`` for ``-below <= step <= above``."""
-    return np.minimum(-gradient * below, 0.0) + np.minimum(gradient * above, 0.0)
-
-
-def _least_compute(batch: Batch, mu: FloatArray) -> FloatArray:
-    """Return ``min over f of kappa c f^2 + mu c/f``."""
-    priced = (mu > 0) & (batch.work_cycles > 0)
-    f = np.cbrt(np.where(priced, mu, 0.0) / np.maximum(2.0 * batch.kappa, 1e-290))
-    f = np.clip(f, batch.frequency_min_hz, batch.frequency_max_hz)
-    wait = np.where(priced, mu * batch.work_cycles / np.where(priced, f, 1.0), 0.0)
-    least: FloatArray = batch.kappa * batch.work_cycles * f**2 + wait
-    return least
-
-
 class _Cell:
     """The problem at a given round, [instance, device]; only here is anything searched."""
 
     def __init__(self, batch: Batch, target: FloatArray, z_min: FloatArray) -> None:
-        a, g, band, delay = _columns(batch)
+        a, g, band, delay = certificate.columns(batch)
         self.batch, self.target, self.z_min, self.band = batch, target, z_min, band[:, 0]
         self.live = a > 0
         self.left = target[:, None] - delay
@@ -549,15 +538,6 @@ def _shortest(part: Batch, alone: FloatArray) -> tuple[FloatArray, NDArray[np.in
     )
 
 
-def _at_full_power(batch: Batch, point: certificate.Primal) -> NDArray[np.bool_]:
-    """Return whether every device that uploads has full power and full frequency."""
-    power = point.power_w >= (1.0 - 1e-9) * batch.power_max_w
-    speed = (point.frequency_hz >= (1.0 - 1e-9) * batch.frequency_max_hz) | (batch.work_cycles == 0)
-    live = batch.payload_bit > 0
-    result: NDArray[np.bool_] = ((power & speed) | ~live).all(1) & live.any(1)
-    return result
-
-
 def _relative(value: FloatArray, bound: FloatArray) -> FloatArray:
     """Relative gap; 0 where both are equal, as where there is nothing to do."""
     result: FloatArray = np.where(
@@ -566,16 +546,8 @@ def _relative(value: FloatArray, bound: FloatArray) -> FloatArray:
     return result
 
 
-def _per_device(batch: Batch, name: str, value: ArrayLike, rule: _Rule) -> FloatArray:
+def _per_device(batch: Batch, name: str, value: ArrayLike, rule: Rule) -> FloatArray:
     """Check an argument and broadcast it to [instance, device]."""
     if not isinstance(batch, Batch):
         raise InvalidInputError(f"batch must be a Batch, got {type(batch).__name__}")
-    array = _array(name, value)
-    _check(name, array, rule)
-    shape = (batch.instances, batch.devices)
-    try:
-        return np.broadcast_to(array, shape)
-    except ValueError as error:
-        raise InvalidInputError(
-            f"{name} must broadcast to {list(shape)}, got shape {list(array.shape)}"
-        ) from error
+    return filled(name, value, rule, (batch.instances, batch.devices))

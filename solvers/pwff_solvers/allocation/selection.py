@@ -30,8 +30,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from pwff_solvers.allocation import certificate
 from pwff_solvers.allocation.allocation import Allocation, Status
-from pwff_solvers.allocation.batch import Batch, FloatArray, _array, _check, per_instance
-from pwff_solvers.allocation.downlink import changed
+from pwff_solvers.allocation.batch import Batch, FloatArray
+from pwff_solvers.allocation.checks import (
+    NOT_NEGATIVE,
+    as_array,
+    check,
+    filled,
+    per_instance,
+)
 from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.fdma import Cell
 from pwff_solvers.allocation.fdma_devices import Answer, Devices, answer, limits
@@ -217,16 +223,8 @@ def drop_out(batch: Batch, round_s: ArrayLike, value_j: ArrayLike, nodes: int = 
     ([[True, False, True]], True)
     """
     wanted = _round(batch, round_s)
-    value = _array("value_j", value_j)
-    _check("value_j", value, ("at least 0", lambda x: x >= 0))
     shape = (batch.instances, batch.devices)
-    try:
-        value = np.broadcast_to(value, shape)
-    except ValueError as error:
-        raise InvalidInputError(
-            f"value_j must broadcast to [instance, device] = {list(shape)}, "
-            f"got shape {list(value.shape)}"
-        ) from error
+    value = filled("value_j", value_j, NOT_NEGATIVE, shape)
     limit = _node_limit(nodes)
     tree = _Tree(batch, wanted, _least_bandwidth(batch, wanted), value, None)
     return tree.search(np.zeros(shape, dtype=np.bool_), limit)
@@ -244,10 +242,10 @@ def _round(batch: Batch, round_s: ArrayLike) -> FloatArray:
 
 def _number(name: str, value: ArrayLike, most: int, instances: int) -> IntArray:
     """Check a whole number from 0 to ``most`` and broadcast it to [instance]."""
-    array = _array(name, value)
-    _check(name, array, ("a whole number", lambda x: x == np.floor(x)))
-    _check(name, array, ("at least 0", lambda x: x >= 0))
-    _check(name, array, (f"at most the number of devices, {most}", lambda x: x <= most))
+    array = as_array(name, value)
+    check(name, array, ("a whole number", lambda x: x == np.floor(x)))
+    check(name, array, NOT_NEGATIVE)
+    check(name, array, (f"at most the number of devices, {most}", lambda x: x <= most))
     if array.ndim > 1 or (array.ndim == 1 and array.size not in (1, instances)):
         raise InvalidInputError(
             f"{name} must have shape [{instances}] or be a scalar, got shape {list(array.shape)}"
@@ -287,7 +285,7 @@ def _selection(
 def _only(batch: Batch, served: BoolArray) -> Batch:
     """The batch in which the other devices have nothing to do and spend nothing."""
     names = ("payload_bit", "work_cycles", "fixed_energy_j")
-    return changed(batch, **{name: np.where(served, getattr(batch, name), 0.0) for name in names})
+    return batch.replace(**{name: np.where(served, getattr(batch, name), 0.0) for name in names})
 
 
 def _fixed(batch: Batch, served: BoolArray) -> FloatArray:

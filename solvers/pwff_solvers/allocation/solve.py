@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pwff_solvers.allocation import block, certificate, fdma, newton, newton_shortest, tdma
 from pwff_solvers.allocation.allocation import Allocation, Status
-from pwff_solvers.allocation.batch import Batch, FloatArray, per_instance
+from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.certificate import GAP_TOLERANCE, VIOLATION_TOLERANCE
+from pwff_solvers.allocation.checks import per_instance
 from pwff_solvers.allocation.elementary import COMPILED
 from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Objective, Shortest, Weighted
@@ -187,7 +188,8 @@ class _Found:
     @staticmethod
     def joined(parts: list[_Found]) -> _Found:
         names = [f.name for f in fields(_Found) if f.name != "perfect"]
-        return _Found(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+        arrays: dict[str, Any] = {n: np.concatenate([getattr(p, n) for p in parts]) for n in names}
+        return _Found(**arrays)
 
     def good(self) -> NDArray[np.bool_]:
         """Return where the certificate is within its tolerances."""

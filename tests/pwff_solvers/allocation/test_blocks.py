@@ -21,7 +21,6 @@ from pwff_solvers.allocation import (
     solve,
 )
 from pwff_solvers.allocation.blocks import round_to_blocks
-from pwff_solvers.allocation.downlink import changed
 
 
 def least_energy(batch, i, k, time_s, band):
@@ -170,7 +169,7 @@ def test_permutation_of_devices():
         "payload_bit", "work_cycles", "gain", "power_max_w", "frequency_min_hz",
         "frequency_max_hz", "kappa", "fixed_energy_j",
     )  # fmt: skip
-    turned = changed(batch, **{name: getattr(batch, name)[:, order] for name in names})
+    turned = batch.replace(**{name: getattr(batch, name)[:, order] for name in names})
     plan, other = round_to_blocks(batch, round_s, 50), round_to_blocks(turned, round_s, 50)
     np.testing.assert_array_equal(plan.blocks[:, order], other.blocks)
     np.testing.assert_allclose(plan.energy_j, other.energy_j, rtol=1e-13)

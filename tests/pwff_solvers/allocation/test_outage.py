@@ -364,7 +364,10 @@ def test_outage_probability_is_the_formula(access):
         ({"outage_max": [[0.5, 1.0]]}, "outage_max[0, 1] must be above 0 and below 1, got 1.0"),
         ({"outage_max": 0.0}, "outage_max must be above 0 and below 1, got 0.0"),
         ({"outage_max": [np.nan, 0.5]}, "outage_max[0] must be finite, got nan"),
-        ({"outage_max": [0.5] * 3}, "outage_max must broadcast to [1, 2], got shape [3]"),
+        (
+            {"outage_max": [0.5] * 3},
+            "outage_max must broadcast to [instance, device] = [1, 2], got shape [3]",
+        ),
         ({"outage_max": "rare"}, "outage_max must be an array of real numbers, got 'rare'"),
         ({"round_s": -1.0}, "round_s must be positive, got -1.0"),
         ({"round_s": [1.0, 2.0]}, "round_s must have shape [1] or be a scalar, got shape [2]"),

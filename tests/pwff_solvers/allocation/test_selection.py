@@ -19,7 +19,6 @@ from pwff_solvers.allocation import (
     selection,
     solve,
 )
-from pwff_solvers.allocation.downlink import changed
 from pwff_solvers.allocation.selection import drop_out, most_devices, serve
 
 DEVICE = (
@@ -90,7 +89,7 @@ def check_plan(batch, round_s, plan):
         name: np.where(plan.served, getattr(batch, name), 0.0)
         for name in ("payload_bit", "work_cycles", "fixed_energy_j")
     }
-    part, a = changed(batch, **only), plan.allocation
+    part, a = batch.replace(**only), plan.allocation
     point = certificate.Primal(
         bandwidth_hz=a.bandwidth_hz, power_w=a.power_w, frequency_hz=a.frequency_hz,
         upload_s=a.upload_s, round_s=round_s,
@@ -264,7 +263,7 @@ def test_permutation_of_devices():
     rng = np.random.default_rng(7)
     batch, round_s = knapsack(rng, 15, 9)
     order = rng.permutation(9)
-    turned = changed(batch, **{name: getattr(batch, name)[:, order] for name in DEVICE})
+    turned = batch.replace(**{name: getattr(batch, name)[:, order] for name in DEVICE})
     value = np.exp(rng.uniform(-1, 1, (15, 9)))
     for one, other in (
         (most_devices(batch, round_s), most_devices(turned, round_s)),
@@ -311,7 +310,7 @@ def test_fifty_devices(scale):
         )
         many = batch.take(np.full(len(swaps), i))
         names = ("payload_bit", "work_cycles")
-        many = changed(many, **{n: np.where(swaps, getattr(many, n), 0.0) for n in names})
+        many = many.replace(**{n: np.where(swaps, getattr(many, n), 0.0) for n in names})
         energy = solve(many, LeastEnergy(round_s[i])).energy_j
         assert np.nanmin(energy, initial=np.inf) >= few.value_j[i] * (1 - 1e-9)
 
