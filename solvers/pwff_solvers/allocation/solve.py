@@ -131,17 +131,22 @@ def solve(
             "a least power is not a convex limit there; use access 'tdma' or drop it"
         )
     problem = _Problem(type(objective), access)
-    with np.errstate(all="ignore"):
-        # no more threads than give each a good piece of work; pieces do not depend on their number
-        size = max(block.LANES, _PIECE // batch.devices // block.LANES * block.LANES)
-        if threads == 1 or batch.instances <= size:
-            return _solve_piece(batch, problem, target).allocation(batch, problem, target)
-        pieces = [slice(i, i + size) for i in range(0, batch.instances, size)]
-        with ThreadPoolExecutor(threads) as pool:
-            found = list(
-                pool.map(lambda rows: _solve_piece(batch.take(rows), problem, target[rows]), pieces)
-            )
-        return _Found.joined(found).allocation(batch, problem, target)
+    # the pieces are the same for any number of threads, and so is the result to the last bit
+    size = max(block.LANES, _PIECE // batch.devices // block.LANES * block.LANES)
+    pieces = [slice(i, i + size) for i in range(0, max(batch.instances, 1), size)]
+    if len(pieces) == 1:
+        found = _solve_piece(batch, problem, target)
+    else:
+
+        def solve_rows(rows: slice) -> _Found:
+            return _solve_piece(batch.take(rows), problem, target[rows])
+
+        if threads == 1:
+            found = _Found.joined([solve_rows(rows) for rows in pieces])
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                found = _Found.joined(list(pool.map(solve_rows, pieces)))
+    return found.allocation(batch, problem, target)
 
 
 def _target(objective: Objective, batch: Batch) -> FloatArray:
@@ -189,7 +194,7 @@ class _Found:
     def joined(parts: list[_Found]) -> _Found:
         names = [f.name for f in fields(_Found) if f.name != "perfect"]
         arrays: dict[str, Any] = {n: np.concatenate([getattr(p, n) for p in parts]) for n in names}
-        return _Found(**arrays)
+        return _Found(**arrays, perfect=all(p.perfect for p in parts))
 
     def good(self) -> NDArray[np.bool_]:
         """Return where the certificate is within its tolerances."""
@@ -246,14 +251,14 @@ class _Found:
 
 def _solve_piece(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
     """Solve by Newton, certify, and search anew for what is not perfect."""
-    if not COMPILED or problem.access == "tdma":
-        return _search(batch, problem, target)
-    found = _newton(batch, problem, target)
-    if found.perfect:
+    with np.errstate(all="ignore"):  # here, for it holds for a thread only
+        if not COMPILED or problem.access == "tdma":
+            return _search(batch, problem, target)
+        found = _newton(batch, problem, target)
+        if not found.perfect:
+            rest = np.flatnonzero(~found.good())
+            found.improve(rest, _search(batch.take(rest), problem, target[rest]))
         return found
-    rest = np.flatnonzero(~found.good())
-    found.improve(rest, _search(batch.take(rest), problem, target[rest]))
-    return found
 
 
 def _newton(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:

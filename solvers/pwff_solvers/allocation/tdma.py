@@ -174,9 +174,11 @@ def least_energy(cell: TdmaCell, time: FloatArray) -> Point:
     deadline, _ = cell.deadline(np.where(mu > 0, mu, 1.0))
     deadline = np.where(idle, np.maximum(cell.floor[0], cell.earliest), deadline)
     deadline = np.where(least >= time, cell.earliest, deadline)
-    # rounding goes to the computing part, so that the round is met to the last bit
+    # what rounding left goes to the computing part; but in a round so long that computing drowns in
+    # the rounding of the uploads, the price knows its time better than the difference does
     spare = time - cell.upload(z).sum(0)
-    deadline = np.where(idle | (least >= time), deadline, np.maximum(spare, cell.earliest))
+    exact = idle | (least >= time) | (np.abs(spare - deadline) <= 1e-13 * time)
+    deadline = np.where(exact, deadline, np.maximum(spare, cell.earliest))
     point = cell.point(z, deadline, np.where(feasible, time, np.nan), mu)
     late = np.argmax(
         np.where(cell.live, cell.upload(cell.z_max), 0.0)

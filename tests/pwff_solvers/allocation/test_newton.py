@@ -1,0 +1,217 @@
+"""The compiled iteration: against the search in numpy, the optimality conditions, many random cells."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+
+import numpy as np
+import pytest
+from allocation_cells import random_arguments, random_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pwff_solvers.allocation import Batch, LeastEnergy, Shortest, Status, Weighted, solve
+from pwff_solvers.allocation.elementary import (
+    COMPILED,
+    cbrt,
+    entry,
+    exp_pair,
+    log,
+    log1p,
+    rough_exp,
+    rough_log,
+)
+
+module = import_module("pwff_solvers.allocation.solve")
+compiled = pytest.mark.skipif(not COMPILED, reason="numba is absent or switched off")
+HOW = [{}, {"floors": False}, {"zeros": True}]
+
+
+@entry
+def _elementary(x, out):
+    for i in range(x.size):
+        y = abs(x[i]) + 1e-300
+        out[0, i], out[1, i] = exp_pair(x[i])
+        out[2, i] = log(y)
+        out[3, i] = log1p(y)
+        out[4, i] = cbrt(y)
+        out[5, i] = rough_log(y)
+        out[6, i] = rough_exp(x[i])
+
+
+@compiled
+def test_elementary_functions_to_the_last_digits():
+    x = np.concatenate(
+        [np.linspace(-600, 600, 100_001), np.linspace(-1, 1, 50_001), 10.0 ** np.arange(-290, 3)]
+    )
+    out = np.empty((7, x.size))
+    _elementary(x, out)
+    y = np.abs(x) + 1e-300
+    truth = [np.exp(x), np.expm1(x), np.log(y), np.log1p(y), np.cbrt(y)]
+    for mine, theirs in zip(out, truth, strict=False):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-15, atol=5e-100)
+    np.testing.assert_allclose(out[5], np.log(y), atol=0.01)
+    np.testing.assert_allclose(out[6], np.exp(x), rtol=0.1)
+
+
+def _certify(result, count):
+    assert result.status.shape == (count,)
+    assert (result.status == Status.OPTIMAL).all(), result.gap[result.status != Status.OPTIMAL]
+    return np.abs(result.gap).max(), result.violation.max()
+
+
+def _random_cells(rng, devices, count, how):
+    """Solve all objectives over ten decades of gain, rounds 1.02 to 100 times the shortest."""
+    batch = random_batch(rng, count, devices, 10.0, **how)
+    shortest = solve(batch, Shortest())
+    factor = np.exp(rng.uniform(np.log(1.02), np.log(100.0), count))
+    least = solve(batch, LeastEnergy(0.01 + (shortest.round_s - 0.01) * factor))
+    known = least.price_of_time_w > 0
+    price = np.where(known, least.price_of_time_w, 1.0) * 10.0 ** rng.uniform(-1, 1, count)
+    weighted = solve(batch, Weighted(np.maximum(price, 1e-30)))
+    worst = [_certify(result, count) for result in (shortest, least, weighted)]
+    return np.max(worst, axis=0)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("devices", [1, 2, 3, 5, 10, 20, 50])
+def test_random_cells_are_all_certified(devices, how):
+    gap, violation = _random_cells(np.random.default_rng(devices), devices, 200, how)
+    assert gap <= 1e-8
+    assert violation <= 1e-9
+
+
+@pytest.mark.slow
+@compiled
+def test_four_hundred_thousand_random_cells_are_all_certified():
+    rng = np.random.default_rng(400_000)
+    worst = np.zeros(2)
+    solved = 0
+    while solved < 400_000:
+        devices = int(rng.integers(1, 51))
+        how = HOW[int(rng.integers(len(HOW)))]
+        worst = np.maximum(worst, _random_cells(rng, devices, 1000, how))
+        solved += 3000
+    print(f"{solved} instances, gap {worst[0]:.1e}, violation {worst[1]:.1e}")
+    assert worst[0] <= 1e-8
+    assert worst[1] <= 1e-9
+
+
+@compiled
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("devices", [2, 17, 60])
+def test_newton_and_the_search_agree(devices, how):
+    rng = np.random.default_rng(devices)
+    batch = random_batch(rng, 60, devices, 4.0, **how)
+    shortest = solve(batch, Shortest()).round_s
+    for objective in (Shortest(), LeastEnergy(2.0 * shortest), Weighted(0.1)):
+        problem = module._Problem(type(objective), "fdma")
+        target = module._target(objective, batch)
+        with np.errstate(all="ignore"):
+            quick = module._newton(batch, problem, target)
+            slow = module._search(batch, problem, target)
+        both = quick.good() & slow.good()
+        assert both.mean() > 0.7, objective
+        one, two = quick.decision[both, 5].sum(1), slow.decision[both, 5].sum(1)
+        price = target[both] if isinstance(objective, Weighted) else 0.0
+        one, two = one + price * quick.time[both], two + price * slow.time[both]
+        np.testing.assert_allclose(one, two, rtol=1e-9)
+        np.testing.assert_allclose(quick.time[both], slow.time[both], rtol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), devices=st.integers(1, 40), factor=st.floats(1.05, 50.0))
+def test_optimality_conditions(seed, devices, factor):
+    """The KKT conditions of every device, from the returned point alone."""
+    batch = random_batch(np.random.default_rng(seed), 1, devices, 4.0)
+    shortest = solve(batch, Shortest()).round_s
+    a = solve(batch, LeastEnergy(0.01 + factor * (shortest - 0.01)))
+    lam = a.price_of_bandwidth_j_per_hz[0]
+    nats, g = batch.payload_bit[0] * np.log(2), batch.gain[0] / batch.noise_psd_w_per_hz[0]
+    b, t, f = a.bandwidth_hz[0], a.upload_s[0], a.frequency_hz[0]
+    z = nats / (b * t)
+    psi = z * np.exp(z) - np.expm1(z)
+    np.testing.assert_allclose(b.sum(), batch.bandwidth_hz[0], rtol=1e-12)
+    np.testing.assert_allclose(t + a.compute_s[0], a.round_s[0] - 0.01, rtol=1e-9)
+    full = a.power_w[0] >= batch.power_max_w[0] * (1 - 1e-7)
+    noise = 1e-7 + 1e-15 / z**2  # psi cancels here
+    value = psi * t / g  # worth of bandwidth
+    assert (np.abs(value / lam - 1) <= noise)[~full].all()
+    assert (value <= lam * (1 + noise))[full].all()
+    # time: uploading is worth lam a e^z/(psi t^2) - P at full power, else psi b/g
+    worth = np.where(
+        full, lam * nats * np.exp(z) / (psi * t**2) - batch.power_max_w[0], psi * b / g
+    )
+    cost = 2 * batch.kappa[0] * f**3
+    scale = np.maximum(worth, 1e-9 * batch.power_max_w[0] * full) + 1e-300
+    error = (worth - cost) / scale
+    slow = f <= batch.frequency_min_hz[0] * (1 + 1e-9)
+    fast = f >= batch.frequency_max_hz[0] * (1 - 1e-9)
+    assert (np.abs(error) <= 1e-4 + 10 * noise)[~slow & ~fast].all()
+    assert (error <= 1e-4 + 10 * noise)[slow & ~fast].all()
+    assert (error >= -1e-4 - 10 * noise)[fast & ~slow].all()
+
+
+def test_threads_do_not_change_a_bit():
+    batch = random_batch(np.random.default_rng(2), 3000, 30)
+    shortest = solve(batch, Shortest(), threads=1).round_s
+    for objective in (Shortest(), LeastEnergy(1.5 * shortest), Weighted(0.2)):
+        one, three = (solve(batch, objective, threads=n) for n in (1, 3))
+        for name in ("bandwidth_hz", "power_w", "upload_s", "energy_j", "gap", "status"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(three, name), err_msg=name)
+
+
+def test_twenty_thousand_devices():
+    batch = random_batch(np.random.default_rng(3), 1, 20_000)
+    shortest = solve(batch, Shortest())
+    for result in (
+        shortest,
+        solve(batch, LeastEnergy(2.0 * shortest.round_s)),
+        solve(batch, Weighted(10.0)),
+    ):
+        _certify(result, 1)
+
+
+def test_one_frequency_only():
+    """Frequency fixed: the least frequency is the largest."""
+    given_ = random_arguments(np.random.default_rng(4), 50, 8, floors=False)
+    batch = Batch(**{**given_, "frequency_min_hz": given_["frequency_max_hz"]})
+    shortest = solve(batch, Shortest())
+    result = solve(batch, LeastEnergy(2.0 * shortest.round_s))
+    _certify(result, 50)
+    np.testing.assert_array_equal(result.frequency_hz, batch.frequency_max_hz)
+
+
+_FALLBACK = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from allocation_cells import random_batch
+from pwff_solvers.allocation import LeastEnergy, Shortest, Weighted, elementary, solve
+assert elementary.COMPILED == (sys.argv[2] == "1")
+batch = random_batch(np.random.default_rng(9), 40, 7, 4.0, zeros=True)
+rows = []
+for access in ("fdma", "tdma"):
+    shortest = solve(batch, Shortest(), access)
+    for r in (shortest, solve(batch, LeastEnergy(1.7 * shortest.round_s), access),
+              solve(batch, Weighted(0.3), access)):
+        rows += [r.energy_j, r.round_s, r.status, *r.bandwidth_hz.T, *r.power_w.T]
+np.save(sys.argv[3], np.array(rows))
+"""
+
+
+@compiled
+def test_without_numba_the_same_comes_out(tmp_path):
+    found = []
+    for switch in ("0", "1"):
+        path = tmp_path / f"{switch}.npy"
+        subprocess.run(
+            [sys.executable, "-c", _FALLBACK, os.path.dirname(__file__), switch, str(path)],
+            env={**os.environ, "PWFF_NUMBA": switch},
+            check=True,
+        )
+        found.append(np.load(path))
+    np.testing.assert_allclose(found[0], found[1], rtol=2e-7, atol=1e-12)
