@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 TRAININGS ?= 24
 
 .DEFAULT_GOAL := help
-.PHONY: help setup front test test-slow check bench figures dist clean
+.PHONY: help setup front test test-slow check bench alternation figures dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/python -m pwff_solvers.allocation
 	$(BIN)/pwff-opt data fetch
 	@touch $@
 
@@ -41,6 +42,10 @@ bench: $(READY)  ## all benchmarks; each prints a table and writes benchmarks/re
 
 bench-%: $(READY)  ## one benchmark
 	$(BIN)/python benchmarks/bench_$*.py
+
+alternation: $(READY)  ## the literature's block-alternating allocation against the optimum, a figure (a minute)
+	$(BIN)/python studies/run_alternation.py --out runs/alternation
+	$(BIN)/python studies/fig_alternation.py runs/alternation
 
 figures: $(READY)  ## draw the figures of runs/front again
 	$(BIN)/python studies/fig_front.py runs/front

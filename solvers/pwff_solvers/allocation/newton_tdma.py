@@ -358,6 +358,8 @@ def _iterate(block, cell, rows, supply, counts, joined, search):
             worst = worst if worst > cell[WORST * LANES + l] else cell[WORST * LANES + l]
         if worst <= CLOSE:
             break
+    _supply(cell, supply, counts, joined)
+    _deadline(cell)
     return sweeps
 
 
@@ -432,8 +434,11 @@ def _take_out(block, cells, device, i, lane, joined, points, scalars, kind):
         time = upload + deadline
     elif kind == _LEAST:
         time = cells[TIME * LANES + lane]
-        # rounding goes to the computing part, so that the round is met to the last bit
-        deadline = max(time - upload, earliest)
+        # what rounding left goes to the computing part, unless that drowns in it
+        spare = time - upload
+        deadline = deadline if abs(spare - deadline) <= 1e-13 * time else max(spare, earliest)
+        if cells[LEAST * LANES + lane] + earliest >= time:
+            deadline = earliest
         if cells[MOST * LANES + lane] + slowest <= time:
             deadline = slowest
             mu = 0.0

@@ -9,7 +9,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pwff_solvers.allocation import block, certificate, fdma, newton, newton_shortest, tdma
+from pwff_solvers.allocation import (
+    block,
+    certificate,
+    fdma,
+    newton,
+    newton_shortest,
+    newton_tdma,
+    tdma,
+)
 from pwff_solvers.allocation.allocation import Allocation, Status
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.certificate import GAP_TOLERANCE, VIOLATION_TOLERANCE
@@ -252,9 +260,10 @@ class _Found:
 def _solve_piece(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
     """Solve by Newton, certify, and search anew for what is not perfect."""
     with np.errstate(all="ignore"):  # here, for it holds for a thread only
-        if not COMPILED or problem.access == "tdma":
+        if not COMPILED:
             return _search(batch, problem, target)
-        found = _newton(batch, problem, target)
+        newton_of = _newton_tdma if problem.access == "tdma" else _newton
+        found = newton_of(batch, problem, target)
         if not found.perfect:
             rest = np.flatnonzero(~found.good())
             found.improve(rest, _search(batch.take(rest), problem, target[rest]))
@@ -306,6 +315,37 @@ def _newton(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
             batch.take(rest), problem, target[rest], decision[rest], time[rest], lam[rest], mu[rest]
         )
     return found
+
+
+def _newton_tdma(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
+    """As ``_newton``, for uploads one after another."""
+    device, cell = batch.device, batch.cell
+    instances = device.shape[0]
+    # the kernels leave alone what they do not solve
+    decision = np.full((instances, 6, device.shape[2]), np.nan)
+    scalars = np.zeros((instances, block.SCALARS))
+    if problem.objective is LeastEnergy:
+        newton_tdma.least_energy_tdma(device, cell, target, decision, scalars)
+    elif problem.objective is Weighted:
+        newton_tdma.weighted_tdma(device, cell, target, decision, scalars)
+    else:
+        newton_tdma.shortest_tdma(device, cell, decision, scalars)
+    missed = scalars[:, 0] == 0
+    time, lam, mu = scalars[:, 1], scalars[:, 2], scalars[:, 3]
+    gap, violation = _certificate(batch, problem, target, decision, time, lam, mu)
+    gap[missed] = violation[missed] = np.inf
+    missing = np.full(instances, np.nan)
+    return _Found(
+        decision=decision,
+        energy=decision[:, 5].sum(axis=1),
+        time=time,
+        lam=lam,
+        mu=mu,
+        shortest=missing,
+        binding=missing.copy(),
+        gap=gap,
+        violation=violation,
+    )
 
 
 def _idle_last(
