@@ -53,15 +53,14 @@ class Allocation:
     energy_j, round_s : array [instance]
         Total energy [J] and round length [s], fixed parts included.
     price_of_bandwidth_j_per_hz : array [instance]
-        -dE/dB [J/Hz] at fixed round length (at the shortest round: its limit from longer rounds,
-        except that ``Weighted`` takes the multiplier that supports its price of time).
+        -dE/dB [J/Hz] at fixed round length.  At the shortest round: its limit from longer rounds,
+        except that ``Weighted`` takes the multiplier that supports its price of time.
     price_of_time_w : array [instance]
         -dE/dT [W] at the round length returned; at the shortest round, as above.
     status : array of int [instance]
         Values of :class:`Status`.
     shortest_round_s : array [instance]
-        Shortest round [s]; known with ``Shortest``, FDMA ``Weighted``, and where infeasible; NaN
-        elsewhere.
+        Shortest round [s]; known with ``Shortest`` and where infeasible, NaN elsewhere.
     binding_device : array of int [instance]
         Where ``status`` is INFEASIBLE: the device with the largest share in the price of time at
         the shortest round, that is, the one whose relief shortens it most; -1 elsewhere.

@@ -273,7 +273,9 @@ def least_energy_within(
         tried.append((total_s, log_price, round_s))
         return math.log(total_s / delay_max_s)
 
-    high = math.log(steepest_w) + 1e-9  # every round at its shortest
+    high = math.log(steepest_w) + 1e-9  # every round at its shortest, but for rounding
+    while excess(high) > 0:
+        high += 1.0
     low = min(math.log(max(leisure.price_at(delay_max_s), 1e-9 * steepest_w)), high)
     while excess(low) < 0:
         # the time above the shortest is a power of the price, with an exponent of -1/2 or -1/3

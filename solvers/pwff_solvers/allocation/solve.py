@@ -99,6 +99,10 @@ def solve(
     ``V'(T) = -sum mu_k`` and ``mu_k`` the price of time of device k; ``Weighted`` solves
     ``sum mu_k = w``.  The shortest round makes the least bandwidths add up to B.
 
+    *Method.*  Newton on all unknowns at once, compiled for whole vector registers (``newton.py``); what
+    has not converged, or is not certified, is solved again by bracketed searches (``fdma.py``,
+    ``tdma.py``), which also do everything where numba is absent.
+
     *Certificate.*  For any ``lam, nu, mu >= 0`` the minimum of the Lagrangian bounds the optimum
     from below (weak duality); ``certificate.py`` evaluates it at the multipliers the returned point
     suggests, corrected by its own residual so that it stays a bound.  At the shortest
