@@ -38,6 +38,7 @@ from pwff_solvers.allocation.block import (
     BOUND_T,
     CELL,
     CLOSE,
+    COST,
     CUT,
     DL,
     DT,
@@ -58,6 +59,7 @@ from pwff_solvers.allocation.block import (
     TWICE_C,
     W_MAX,
     W_MIN,
+    W_MOST,
     WANTED,
     WEIGHT,
     WORST,
@@ -95,6 +97,7 @@ __all__ = ["least_energy", "weighted", "weighted_carefully"]
 
 _ITERATIONS = 24
 _CAREFUL = 600
+_GUESSES = 2
 
 
 @kernel
@@ -132,8 +135,8 @@ def _start_times(row, cell):
         a = row[A * LANES + l]
         g = row[G * LANES + l]
         least = row[LEAST * LANES + l]
-        ratio = row[TWICE_C * LANES + l] * g / a * inv_t * inv_t * cell[M_0 * LANES + l]
-        root = rough_exp(rough_log(ratio + 1e-300) * (1 / 3))
+        cost = row[TWICE_C * LANES + l] * g / a * inv_t * inv_t
+        root = rough_exp(rough_log(cost * cell[M_0 * LANES + l] + 1e-300) * (1 / 3))
         w = root * (1.0 + root * (2 / 3 + 0.5 * root))
         band = cell[BAND * LANES + l]
         alone = a / (band * rough_log(1.0 + a / (least * band)))
@@ -141,21 +144,44 @@ def _start_times(row, cell):
         w = cut(w if w < most else most, row[W_MIN * LANES + l], row[W_MAX * LANES + l])
         need = row[WEIGHT * LANES + l] * a * inv_t * (1.0 + w)
         row[W * LANES + l] = w
+        row[W_MOST * LANES + l] = most
+        row[COST * LANES + l] = cost
+        row[Z * LANES + l] = cell[M * LANES + l]
         cell[B * LANES + l] += need
         cell[B_L * LANES + l] -= need * rough_log((1.0 + w) * g)
 
 
 @kernel
-def _start_rates(row, cell):
-    """First guess of z: what the price asks, but no more than full power allows."""
+def _start_answers(row, cell):
+    """First guess of what each device does at the price, and of how the sum answers to it.
+
+    With ``psi(z) = lam G/t`` the balance of a free device is ``w^3/(1+w) = 2 kappa c^3 z/(lam a T)``,
+    where z, hardly moved by w, is that of the pass before.  Full power allows no more z than
+    ``phi(z) least = t``.
+    """
     for l in range(LANES):
-        stretch = 1.0 + row[W * LANES + l]  # T/t
-        priced = inverse_psi(cell[PRICE * LANES + l] * row[G * LANES + l] * stretch)
-        least = row[LEAST * LANES + l] * cell[INV_T * LANES + l] * stretch
-        powered = inverse_phi(1.0 / least - 1.0)
+        inv_t = cell[INV_T * LANES + l]
+        target = cell[PRICE * LANES + l] * row[G * LANES + l]
+        a = row[A * LANES + l]
+        w = row[W * LANES + l]
+        z = row[Z * LANES + l]
+        third = rough_log(row[COST * LANES + l] * z / target * (1.0 + w) + 1e-300)
+        w = rough_exp(third * (1 / 3))
+        w = w if w < row[W_MOST * LANES + l] else row[W_MOST * LANES + l]
+        w = cut(w, row[W_MIN * LANES + l], row[W_MAX * LANES + l])
+        stretch = 1.0 + w  # T/t
+        priced = inverse_psi(target * stretch)
+        powered = inverse_phi(1.0 / (row[LEAST * LANES + l] * inv_t * stretch) - 1.0)
         z = priced if priced < powered else powered
+        inverse = 1.0 / (z * (2.0 + z))
+        inv_z = (2.0 + z) * inverse
+        b = row[WEIGHT * LANES + l] * a * inv_t * stretch * inv_z
+        row[W * LANES + l] = w
         row[Z * LANES + l] = z
-        row[INV_Z * LANES + l] = 1.0 / z
+        row[INV_Z * LANES + l] = inv_z
+        cell[B * LANES + l] += b
+        # log z answers to log psi with a slope near 1/(2+z), where the power does not hold it
+        cell[B_L * LANES + l] += b * z * inverse if priced < powered else 0.0
 
 
 @kernel
@@ -349,7 +375,7 @@ def _restart(block, cell, rows, joined):
     # uploading, so need/B falls with z.  Secant on log(need/(B z)) in log z, from the least need on.
     for l in range(LANES):
         cell[M * LANES + l] = cell[B * LANES + l] / cell[BAND * LANES + l]
-    for guess in range(3):
+    for guess in range(2):
         for l in range(LANES):
             z = cut(cell[M * LANES + l], 1e-9, 100.0)
             _, expm1 = exp_pair(z)
@@ -386,8 +412,29 @@ def _restart(block, cell, rows, joined):
         price = psi(z, expm1) * mean
         cell[PRICE * LANES + l] = price
         cell[LAM * LANES + l] = price * cell[TIME * LANES + l]
-    for r in range(rows):
-        _start_rates(block[r * ROW : (r + 1) * ROW], cell)
+    for guess in range(_GUESSES):
+        for l in range(LANES):
+            cell[B * LANES + l] = 0.0
+            cell[B_L * LANES + l] = 0.0
+        for r in range(rows):
+            _start_answers(block[r * ROW : (r + 1) * ROW], cell)
+        if joined:
+            total(cell, B)
+            total(cell, B_L)
+        worst = 0.0
+        for l in range(LANES):
+            far = abs(cell[B * LANES + l] / cell[BAND * LANES + l] - 1.0)
+            worst = far if far > worst else worst
+        if guess > 0 and worst < 0.05:
+            break
+        if guess < _GUESSES - 1:
+            for l in range(LANES):
+                b = cell[B * LANES + l]
+                far = log(b / cell[BAND * LANES + l])
+                step = cut(far * b / (cell[B_L * LANES + l] + 0.02 * b), -4.0, 4.0)
+                step, _ = exp_pair(step)
+                cell[PRICE * LANES + l] *= step
+                cell[LAM * LANES + l] *= step
 
 
 @kernel
