@@ -29,8 +29,9 @@ class Status(IntEnum):
 _SENTENCES = {
     Status.OPTIMAL: "Certified optimal: use the allocation as it is.",
     Status.INACCURATE: (
-        "The certificate missed its tolerance: read `gap` and `violation` before use, and look "
-        "for quantities of this instance that differ by many decades."
+        "The certificate missed its tolerance: read `gap` and `violation` before use; the round may be "
+        "the shortest but for rounding, a search was cut short, or quantities of this instance differ "
+        "by many decades."
     ),
     Status.INFEASIBLE: (
         "No allocation meets the round length: ask for at least `shortest_round_s`, or relieve "
@@ -56,7 +57,8 @@ class Allocation:
         -dE/dB [J/Hz] at fixed round length.  At the shortest round: its limit from longer rounds,
         except that ``Weighted`` takes the multiplier that supports its price of time.
     price_of_time_w : array [instance]
-        -dE/dT [W] at the round length returned; at the shortest round, as above.
+        -dE/dT [W] at the round length returned; at the shortest round, as above.  With ``Weighted``
+        the price asked for, which is among those that support the point where it has a kink.
     status : array of int [instance]
         Values of :class:`Status`.
     shortest_round_s : array [instance]

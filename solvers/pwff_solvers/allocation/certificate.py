@@ -1,6 +1,6 @@
 r"""Certificates: what a point is worth, from the point and its multipliers alone.
 
-Nothing here is shared with the iteration that found the point.
+Nothing here is shared with the iteration that found the point but the elementary functions.
 
 Least energy, FDMA.  Relax ``sum b <= B`` with ``lam >= 0``, the power limit
 ``q_k = a/t - b log(1 + PG/b) <= 0`` with ``nu_k >= 0`` and the round with ``mu_k >= 0``.  The
@@ -58,6 +58,7 @@ __all__ = [
 
 
 _LN2 = math.log(2.0)
+_ROUNDING = 8.0 * float(np.finfo(np.float64).eps)
 # What a point must keep to be called optimal.
 GAP_TOLERANCE = 1e-8
 VIOLATION_TOLERANCE = 1e-9
@@ -177,7 +178,8 @@ def _energy_terms(
 ) -> Any:  # fmt: skip
     """A device's part of the dual bound, its price of time, its energy, and the least of each.
 
-    The last two are the energy at leisure and the time at full power in unlimited bandwidth.
+    The last are the energy at leisure, the time at full power in unlimited bandwidth, and the size
+    of what was added up, for the rounding.
     """
     live = payload > 0.0
     a = select(live, payload * _LN2, 1.0)
@@ -195,12 +197,16 @@ def _energy_terms(
     over = a / t1 - b * logarithm
     mu = b * value + nu * a / (t1 * t1)
     gradient = missing - nu * slope
-    part = b * t1 * expm1 / g + nu * over + lam * b + mu * t1 + _box1(gradient, b, band - b)
+    send = b * t1 * expm1 / g
+    part = send + nu * over + lam * b + mu * t1 + _box1(gradient, b, band - b)
+    size = select(live, send + 2.0 * nu * a / t1 + lam * b + mu * t1, 0.0)
     mu = select(live, mu, idle_mu)
-    part = select(live, part, 0.0) + _least_compute1(work, kappa, f_min, f_max, mu)
+    compute = _least_compute1(work, kappa, f_min, f_max, mu)
+    part = select(live, part, 0.0) + compute
+    size = size + compute
     least = select(live, a / g, 0.0) + kappa * work * f_min * f_min  # at leisure
     first = select(live, a / (power_max * g), 0.0) + work / f_max
-    return part, mu, p * t + kappa * work * f * f, least, first
+    return part, mu, p * t + kappa * work * f * f, least, first, size
 
 
 @kernel
@@ -252,14 +258,16 @@ def _shortest_terms(
 
 @kernel
 def _energy_bound_of(
-    part: Any, mu: Any, energy: Any, least: Any, first: Any, lam: Any, band: Any, time: Any, price: Any
+    part: Any, mu: Any, energy: Any, least: Any, first: Any, size: Any, lam: Any, band: Any, time: Any,
+    price: Any,
 ) -> Any:  # fmt: skip
     """Return the bound on the energy, or on energy + price x T where there is a price.
 
     Then T is free: what mu leaves of the price is charged at the least T there is, or at the largest
-    worth a thought, which saves no more energy than there is to save.
+    worth a thought, which saves no more energy than there is to save.  What rounding can have done to
+    the sums is taken off: near the shortest round they are far larger than what they leave.
     """
-    bound = part - lam * band
+    bound = part - lam * band - _ROUNDING * (size + lam * band + mu * time)
     left = price - mu
     saving = select(energy > least, energy - least, 0.0)
     most = time + saving / select(price > 0.0, price, 1.0)
@@ -288,17 +296,19 @@ def _energy_of(
     d: Any, q: Any, cell: Any, lam: Any, idle: Any, time: Any, price: Any, s: Any
 ) -> Any:
     """Bound, price of time and energy of one instance; ``s`` is room for the terms."""
-    one, two, three, four, five = s[0], s[1], s[2], s[3], s[4]
+    one, two, three, four, five, six = s[0], s[1], s[2], s[3], s[4], s[5]
     s_, c_, h_, p_, l_, u_, k_ = d[0], d[1], d[2], d[3], d[4], d[5], d[6]
     b_, w_, f_, t_ = q[0], q[1], q[2], q[3]
     band, noise = cell[0], cell[1]
     for k in range(one.size):
-        one[k], two[k], three[k], four[k], five[k] = _energy_terms(
+        one[k], two[k], three[k], four[k], five[k], six[k] = _energy_terms(
             s_[k], c_[k], h_[k], p_[k], l_[k], u_[k], k_[k], b_[k], w_[k], f_[k], t_[k],
             band, noise, lam, idle[k],
         )  # fmt: skip
     mu, energy = two.sum(), three.sum()
-    bound = _energy_bound_of(one.sum(), mu, energy, four.sum(), five.max(), lam, band, time, price)
+    bound = _energy_bound_of(
+        one.sum(), mu, energy, four.sum(), five.max(), six.sum(), lam, band, time, price
+    )
     return bound, mu, energy
 
 
@@ -353,7 +363,7 @@ def _energies(
     """Return the bounds, prices of time and energies of a batch, [instance] each."""
     instances, _, devices = device.shape
     bound, mu, energy = np.empty(instances), np.empty(instances), np.empty(instances)
-    room = np.empty((5, devices))
+    room = np.empty((6, devices))
     idle = np.zeros(devices)
     for i in range(instances):
         if idle_mu.shape[0] > 0:
@@ -393,7 +403,7 @@ def judge(device: Any, cell: Any, point: Any, time: Any, lam: Any, target: Any, 
     """
     instances, _, devices = device.shape
     gap, worst, total = np.empty(instances), np.empty(instances), np.empty(instances)
-    room = np.empty((5, devices))
+    room = np.empty((6, devices))
     idle = np.zeros(devices)
     for i in range(instances):
         d, q, c = device[i], point[i], cell[i]
@@ -410,6 +420,7 @@ def judge(device: Any, cell: Any, point: Any, time: Any, lam: Any, target: Any, 
     perfect = True
     for i in range(instances):
         perfect = perfect and abs(gap[i]) <= GAP_TOLERANCE and worst[i] <= VIOLATION_TOLERANCE
+        perfect = perfect and lam[i] < np.inf and total[i] < np.inf
     return gap, worst, total, perfect
 
 
@@ -423,12 +434,13 @@ if not COMPILED:
     ) -> Any:
         band, noise = cell[:, 0, None], cell[:, 1, None]
         idle = idle_mu if idle_mu.shape[0] else 0.0
-        part, mu, energy, least, first = _energy_terms(
+        part, mu, energy, least, first, size = _energy_terms(
             *[*_split(device, range(7)), *_split(point, range(4)), band, noise, lam[:, None], idle]
         )
         mu, energy = mu.sum(1), energy.sum(1)
         bound = _energy_bound_of(
-            part.sum(1), mu, energy, least.sum(1), first.max(1), lam, cell[:, 0], time, price
+            *[part.sum(1), mu, energy, least.sum(1), first.max(1), size.sum(1)],
+            *[lam, cell[:, 0], time, price],
         )
         return bound, mu, energy
 
@@ -544,7 +556,8 @@ def energy_bound(
     Parameters
     ----------
     price_of_time_w : array [instance] or None
-        The objective's own price of time; None for least energy within ``point.round_s``.
+        The objective's own price of time; None for least energy within ``point.round_s``.  With a
+        price the point must be feasible: what it costs limits the rounds worth a thought.
     """
     if access == "tdma":
         return _tdma_energy_bound(batch, point, multipliers, price_of_time_w)
@@ -560,8 +573,7 @@ def energy_gap(
 ) -> FloatArray:
     """Return the relative gap (value - bound)/value of :func:`energy_bound`, [instance].
 
-    At the shortest round nothing but that one point is feasible, while its price of time may be so
-    high that the energy bound drowns in rounding: then the gap of the round takes its place.
+    Within about 1e-9 of the shortest round the prices are so high that rounding alone opens it.
     """
     if access == "tdma":
         bound = _tdma_energy_bound(batch, point, multipliers, price_of_time_w)
@@ -571,12 +583,6 @@ def energy_gap(
     if price_of_time_w is not None:
         value = value + price_of_time_w * point.round_s
     gap = (value - bound) / np.where(value != 0, np.abs(value), 1.0)
-    if access == "fdma":
-        doubtful = np.abs(gap) > GAP_TOLERANCE
-        if doubtful.any():
-            edge = shortest_gap(batch, point, access)
-            corner = doubtful & at_full_power(batch, point) & (np.abs(edge) <= 1e-9)
-            gap = np.where(corner, edge, gap)
     return gap
 
 
@@ -585,16 +591,6 @@ def shortest_gap(batch: Batch, point: Primal, access: str) -> FloatArray:
     value = point.round_s
     bound = shortest_bound(batch, point, access)
     return np.asarray((value - bound) / np.where(value != 0, value, 1.0))
-
-
-def at_full_power(batch: Batch, point: Primal) -> NDArray[np.bool_]:
-    """True where every device that uploads has full power and full frequency."""
-    live = batch.payload_bit > 0
-    power = point.power_w >= (1.0 - 1e-9) * batch.power_max_w
-    speed = point.frequency_hz >= (1.0 - 1e-9) * batch.frequency_max_hz
-    busy = batch.work_cycles > 0
-    result: NDArray[np.bool_] = ((power & (speed | ~busy)) | ~live).all(1) & live.any(1)
-    return result
 
 
 def _fdma_energy(

@@ -5,11 +5,13 @@ Written out in additions, multiplications and shifts of bits, ``exp`` and ``log`
 registers.  Formulas that use only the functions of this module are written once: under numba they
 are compiled for numbers inside loops, without it the same source works on arrays.
 
-Numba is used where it can be imported, unless the environment says ``PWFF_NUMBA=0``.
+Numba is used where it can be imported, unless the environment says ``PWFF_NUMBA=0`` (or numba's own
+``NUMBA_DISABLE_JIT=1``).  The compiled ``log`` and ``log1p`` are for positive normal numbers only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -41,10 +43,10 @@ def _numba_wanted() -> bool:
     if os.environ.get("PWFF_NUMBA", "1") == "0":
         return False
     try:
-        import numba  # noqa: F401
+        import numba
     except ImportError:
         return False
-    return True
+    return not numba.config.DISABLE_JIT
 
 
 COMPILED = _numba_wanted()
@@ -87,7 +89,9 @@ if COMPILED and not TYPE_CHECKING:
         dispatcher = numba.njit(
             fastmath={"contract", "nsz"}, error_model="numpy", cache=True, **options
         )(function)
-        dispatcher._cache._cache_file._source_stamp = _STAMP
+        # private, hence guarded: without it a stale kernel may survive an upgrade in place
+        with contextlib.suppress(AttributeError):
+            dispatcher._cache._cache_file._source_stamp = _STAMP
         return dispatcher
 
     def kernel(function: _Function) -> _Function:

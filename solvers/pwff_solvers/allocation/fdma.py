@@ -284,8 +284,8 @@ def _balance(
 # --- the three objectives ---------------------------------------------------------------------
 
 
-def least_energy(cell: Cell, time: FloatArray) -> Point:
-    """Least energy within ``time`` (fixed delay taken off)."""
+def least_energy(cell: Cell, time: FloatArray, blur: FloatArray) -> Point:
+    """Least energy within ``time`` (fixed delay taken off, which left it uncertain by ``blur``)."""
     everyone = np.arange(time.size)
     positive = time > 0
     lim = limits(cell.d, np.where(positive, time, np.nan))
@@ -301,8 +301,9 @@ def least_energy(cell: Cell, time: FloatArray) -> Point:
         columns = everyone[bad]
         found = _shortest(cell, columns)
         # products, not ratios: with nothing to do the shortest time is 0, and 0 is enough
-        longer = found.time < time[columns] * (1.0 - _EDGE)
-        edge = (found.time <= time[columns] * (1.0 + _EDGE)) & ~longer
+        edge_s = _EDGE * time[columns] + blur[columns]
+        longer = found.time < time[columns] - edge_s
+        edge = (found.time <= time[columns] + edge_s) & ~longer
         normal[columns] = longer
         shortest_time[columns] = np.where(longer, np.nan, found.time)
         binding[columns] = np.where(edge | longer, -1, _binding(cell, columns, found))

@@ -212,17 +212,7 @@ def solve_outage(
     value = certificate.variable_energy(batch, point)
     bound = outage_bound(batch, point, lam, q_max, waterfall=m)
     gap = _relative(value, bound)
-    # At the shortest round prices may be so high that the bound drowns in rounding; if nothing but
-    # full power and full speed meets the round, a bound on the round proves as much.
     alone = cell.alone()
-    late = np.fmax(certificate.shortest_bound(batch, point, "fdma"), alone.max(1))
-    edge = _relative(target, late)
-    corner = (
-        (np.abs(gap) > GAP_TOLERANCE)
-        & (np.abs(edge) <= 1e-9)
-        & certificate.at_full_power(batch, point)
-    )
-    gap = np.where(corner, edge, gap)
     q = _outage(batch, b, p, m, np.zeros_like(m))
     violation = np.maximum(certificate.violation(batch, point, "fdma"), (q / q_max).max(1) - 1.0)
     shortest = np.full(batch.instances, np.nan)

@@ -105,9 +105,11 @@ def solve(
 
     *Certificate.*  For any ``lam, nu, mu >= 0`` the minimum of the Lagrangian bounds the optimum
     from below (weak duality); ``certificate.py`` evaluates it at the multipliers the returned point
-    suggests, corrected by its own residual so that it stays a bound.  At the shortest
-    round, where nothing but the returned point is feasible, the bound on the round may take its
-    place.  ``status`` is OPTIMAL only where gap <= 1e-8 and violation <= 1e-9.
+    suggests, corrected by its own residual so that it stays a bound, less what rounding can have done
+    to it.  ``status`` is OPTIMAL only where gap <= 1e-8 and violation <= 1e-9.  A round within
+    1e-11 of the shortest is answered by the point of the shortest; there, and up to about 1e-9
+    above, the price of time is so high that no certificate in double precision can be that sharp: the
+    status says INACCURATE and the gap how much is certain.
 
     *Range.*  The spectral efficiency is limited to 690 nat/s/Hz, and device quantities should keep
     ``P h/(N_0 B)`` above 1e-8: below that, the bandwidth a device needs at the shortest round is
@@ -210,8 +212,10 @@ class _Found:
 
     def good(self) -> NDArray[np.bool_]:
         """Return where the certificate is within its tolerances."""
-        result: NDArray[np.bool_] = (np.abs(self.gap) <= GAP_TOLERANCE) & (
-            np.isnan(self.time) | (self.violation <= VIOLATION_TOLERANCE)
+        result: NDArray[np.bool_] = (
+            (np.abs(self.gap) <= GAP_TOLERANCE)
+            & (np.isnan(self.time) | (self.violation <= VIOLATION_TOLERANCE))
+            & (np.isnan(self.time) | np.isfinite(self.energy + self.lam + self.mu))
         )
         return result
 
@@ -235,10 +239,12 @@ class _Found:
         given = problem.objective is LeastEnergy
         round_s = target if given else self.time + batch.cell[:, 2]
         if not self.perfect:
-            infeasible = np.isnan(self.time)
+            # no point is no proof: only a shortest round that is certified to be longer is one
+            late = (self.shortest + batch.cell[:, 2]) * (1.0 - np.abs(self.gap)) > target
+            infeasible = np.isnan(self.time) & late & (problem.objective is LeastEnergy)
             binding = np.where(infeasible, self.binding, -1).astype(np.int64)
-            round_s = np.where(infeasible, np.nan, round_s)
-            status[~self.good()] = Status.INACCURATE
+            round_s = np.where(np.isnan(self.time), np.nan, round_s)
+            status[~self.good() | np.isnan(self.time)] = Status.INACCURATE
             status[infeasible] = Status.INFEASIBLE
         return Allocation(
             bandwidth_hz=self.decision[:, 0],
@@ -250,7 +256,8 @@ class _Found:
             energy_j=self.energy,
             round_s=round_s,
             price_of_bandwidth_j_per_hz=self.lam,
-            price_of_time_w=self.mu,
+            # at a kink a range of prices supports the point, the one asked for among them
+            price_of_time_w=target if problem.objective is Weighted else self.mu,
             status=status,
             shortest_round_s=round_s
             if problem.objective is Shortest
@@ -312,7 +319,7 @@ def _newton(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
     )
     if not found.perfect:
         converged = scalars[:, 0] > 0
-        # prices of devices that only compute, corners: what the quick judge does not know
+        # prices of devices that only compute: what the quick judge does not know
         rest = np.flatnonzero(~found.good() & converged)
         gap[~converged] = violation[~converged] = np.inf
         gap[rest], violation[rest] = _certificate(
@@ -432,16 +439,18 @@ def _search(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
 
 def _solve_rows(batch: Batch, problem: _Problem, target: FloatArray) -> fdma.Point:
     everything = slice(None)
+    # what taking the fixed delay off can have cost in digits
+    blur = 4.0 * np.finfo(np.float64).eps * batch.fixed_delay_s
     if problem.access == "tdma":
         slots = tdma.TdmaCell(batch, everything)
         if problem.objective is LeastEnergy:
-            return tdma.least_energy(slots, target - batch.fixed_delay_s)
+            return tdma.least_energy(slots, target - batch.fixed_delay_s, blur)
         return (
             tdma.weighted(slots, target) if problem.objective is Weighted else tdma.shortest(slots)
         )
     cell = fdma.Cell(batch, everything)
     if problem.objective is LeastEnergy:
-        return fdma.least_energy(cell, target - batch.fixed_delay_s)
+        return fdma.least_energy(cell, target - batch.fixed_delay_s, blur)
     return fdma.weighted(cell, target) if problem.objective is Weighted else fdma.shortest(cell)
 
 
@@ -455,14 +464,15 @@ def _certificate(
     mu: FloatArray,
 ) -> tuple[FloatArray, FloatArray]:
     """Return the relative duality gap and the largest violation of a point, [instance] each."""
-    point = certificate.Primal.packed(decision, time + batch.cell[:, 2])
+    round_s = time + batch.cell[:, 2]
+    if problem.objective is LeastEnergy:
+        # as given: adding the delay back would change its last bit
+        round_s = np.where(np.isnan(time), np.nan, target)
+    point = certificate.Primal.packed(decision, round_s)
     worst = certificate.violation(batch, point, problem.access)
     if problem.objective is Shortest:
         return certificate.shortest_gap(batch, point, problem.access), worst
     price = target if problem.objective is Weighted else None
-    if price is None:
-        # as given: adding the delay back would change its last bit
-        point.round_s = np.where(np.isnan(time), np.nan, target)
     prices = certificate.Multipliers(bandwidth_j_per_hz=lam, time_w=mu)
     return certificate.energy_gap(batch, point, prices, price, problem.access), worst
 

@@ -141,10 +141,10 @@ def weighted(cell: TdmaCell, price: FloatArray) -> Point:
     return cell.point(z, deadline, cell.upload(z).sum(0) + deadline, price)
 
 
-def least_energy(cell: TdmaCell, time: FloatArray) -> Point:
-    """Search the price of time that meets the round."""
+def least_energy(cell: TdmaCell, time: FloatArray, blur: FloatArray | float = 0.0) -> Point:
+    """Search the price of time that meets the round, which is uncertain by ``blur``."""
     least = _shortest_time(cell)
-    feasible = least <= time * (1.0 + _EDGE)
+    feasible = least <= time * (1.0 + _EDGE) + blur
     top = _highest_price(cell)
     hi = np.log(np.maximum(top, 1e-300)) + 1e-9
     lo = np.full(time.size, -np.inf)

@@ -70,7 +70,7 @@ def log_inverse_psi(w: FloatArray) -> tuple[FloatArray, FloatArray]:
     """
     u = (w - _FIRST) * (1.0 / _STEP)
     np.clip(u, 0.0, _C0.size - 1e-9, out=u)
-    i = u.astype(np.int64)
+    i = np.where(u == u, u, 0.0).astype(np.int64)  # NaN goes on as NaN, not as an index
     u -= i
     c1, c2, c3 = _C1[i], _C2[i], _C3[i]
     x = _C0[i] + u * (c1 + u * (c2 + u * c3))

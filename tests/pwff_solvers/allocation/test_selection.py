@@ -102,11 +102,17 @@ def check_plan(batch, round_s, plan):
     assert not plan.served[~good].any()
 
 
+def check_status(status, gap):
+    """Where the round is the shortest of those served no certificate is sharp, and it says so."""
+    np.testing.assert_array_equal(status == Status.OPTIMAL, np.abs(gap) <= 1e-8)
+    assert (status == Status.OPTIMAL).mean() > 0.9
+
+
 def check_optimum(plan, best):
     """Value, bound, gap and status against the known optimum, infinite where infeasible."""
     good = np.isfinite(best)
     np.testing.assert_array_equal(plan.status == Status.INFEASIBLE, ~good)
-    assert (plan.status[good] == Status.OPTIMAL).all()
+    check_status(plan.status[good], plan.gap[good])
     value, bound = plan.value_j[good], plan.bound_j[good]
     np.testing.assert_allclose(value, best[good], rtol=1e-8)
     # the enumerated optima come from `solve`, whose points keep every limit to 1e-9
@@ -124,7 +130,7 @@ def test_most_devices_by_enumeration():
         index = plan.served @ (2 ** np.arange(batch.devices)[::-1])
         np.testing.assert_allclose(plan.value_j, energy[np.arange(len(index)), index], rtol=1e-9)
         assert (plan.bound_j <= plan.value_j).all()
-        assert (plan.status == Status.OPTIMAL).all()
+        check_status(plan.status, plan.gap)
         check_plan(batch, round_s, plan)
 
 
