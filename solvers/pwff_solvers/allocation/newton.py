@@ -95,7 +95,7 @@ from pwff_solvers.allocation.elementary import entry, exp_pair, kernel, log, rou
 
 __all__ = ["least_energy", "weighted", "weighted_carefully"]
 
-_ITERATIONS = 24
+_ITERATIONS = 40
 _CAREFUL = 600
 _GUESSES = 2
 
@@ -642,6 +642,9 @@ def _bracket(block, cell, rows, device, i, low):
         dt = 2.0 * (new - time) / (new + time)
         missing = missing - (cell[B_T * LANES] + cell[BOUND_T * LANES]) * dt
         dl = cut(missing / b_l, -CUT, CUT)
+        if b <= 0.0:
+            # nobody answers to the price, as in _move_cell
+            dl = -CUT if room > 1e-12 * cell[BAND * LANES] else CUT
         for l in range(LANES):
             cell[TIME * LANES + l] = new
             cell[INV_T * LANES + l] = 1.0 / new
