@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -148,18 +148,19 @@ def solve(
     # the pieces are the same for any number of threads, and so is the result to the last bit
     size = max(block.LANES, _PIECE // batch.devices // block.LANES * block.LANES)
     pieces = [slice(i, i + size) for i in range(0, max(batch.instances, 1), size)]
+    decision = np.empty((batch.instances, 6, batch.devices))
     if len(pieces) == 1:
-        found = _solve_piece(batch, problem, target)
+        found = _solve_piece(batch, problem, target, decision)
     else:
 
         def solve_rows(rows: slice) -> _Found:
-            return _solve_piece(batch.take(rows), problem, target[rows])
+            return _solve_piece(batch.take(rows), problem, target[rows], decision[rows])
 
         if threads == 1:
-            found = _Found.joined([solve_rows(rows) for rows in pieces])
+            found = _Found.joined([solve_rows(rows) for rows in pieces], decision)
         else:
             with ThreadPoolExecutor(threads) as pool:
-                found = _Found.joined(list(pool.map(solve_rows, pieces)))
+                found = _Found.joined(list(pool.map(solve_rows, pieces)), decision)
     return found.allocation(batch, problem, target)
 
 
@@ -205,10 +206,13 @@ class _Found:
     perfect: bool = False  # known to be good everywhere
 
     @staticmethod
-    def joined(parts: list[_Found]) -> _Found:
-        names = [f.name for f in fields(_Found) if f.name != "perfect"]
+    def joined(parts: list[_Found], decision: FloatArray | None = None) -> _Found:
+        """Return the parts as one; ``decision`` if theirs lie side by side in it already."""
+        names = [f.name for f in fields(_Found) if f.name not in ("perfect", "decision")]
         arrays: dict[str, Any] = {n: np.concatenate([getattr(p, n) for p in parts]) for n in names}
-        return _Found(**arrays, perfect=all(p.perfect for p in parts))
+        if decision is None:
+            decision = np.concatenate([p.decision for p in parts])
+        return _Found(**arrays, decision=decision, perfect=all(p.perfect for p in parts))
 
     def good(self) -> NDArray[np.bool_]:
         """Return where the certificate is within its tolerances."""
@@ -268,24 +272,27 @@ class _Found:
         )
 
 
-def _solve_piece(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
-    """Solve by Newton, certify, and search anew for what is not perfect."""
+def _solve_piece(
+    batch: Batch, problem: _Problem, target: FloatArray, decision: FloatArray
+) -> _Found:
+    """Solve by Newton, certify, and search anew for what is not perfect; fill ``decision``."""
     with np.errstate(all="ignore"):  # here, for it holds for a thread only
         if not COMPILED:
-            return _search(batch, problem, target)
+            found = _search(batch, problem, target)
+            decision[...] = found.decision
+            return replace(found, decision=decision)
         newton_of = _newton_tdma if problem.access == "tdma" else _newton
-        found = newton_of(batch, problem, target)
+        found = newton_of(batch, problem, target, decision)
         if not found.perfect:
             rest = np.flatnonzero(~found.good())
             found.improve(rest, _search(batch.take(rest), problem, target[rest]))
         return found
 
 
-def _newton(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
+def _newton(batch: Batch, problem: _Problem, target: FloatArray, decision: FloatArray) -> _Found:
     """Solutions by Newton; what has not converged comes with an infinite gap."""
     device, cell = batch.device, batch.cell
     instances = device.shape[0]
-    decision = np.empty((instances, 6, device.shape[2]))
     scalars = np.zeros((instances, block.SCALARS))
     kind = _KINDS[problem.objective]
     if problem.objective is LeastEnergy:
@@ -328,12 +335,14 @@ def _newton(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
     return found
 
 
-def _newton_tdma(batch: Batch, problem: _Problem, target: FloatArray) -> _Found:
+def _newton_tdma(
+    batch: Batch, problem: _Problem, target: FloatArray, decision: FloatArray
+) -> _Found:
     """As ``_newton``, for uploads one after another."""
     device, cell = batch.device, batch.cell
     instances = device.shape[0]
     # the kernels leave alone what they do not solve
-    decision = np.full((instances, 6, device.shape[2]), np.nan)
+    decision[...] = np.nan
     scalars = np.zeros((instances, block.SCALARS))
     if problem.objective is LeastEnergy:
         newton_tdma.least_energy_tdma(device, cell, target, decision, scalars)

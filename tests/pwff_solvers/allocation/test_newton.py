@@ -114,7 +114,8 @@ def test_newton_and_the_search_agree(devices, how):
         problem = module._Problem(type(objective), "fdma")
         target = module._target(objective, batch)
         with np.errstate(all="ignore"):
-            quick = module._newton(batch, problem, target)
+            room = np.empty((batch.instances, 6, batch.devices))
+            quick = module._newton(batch, problem, target, room)
             slow = module._search(batch, problem, target)
         both = quick.good() & slow.good()
         assert both.mean() > 0.7, objective
