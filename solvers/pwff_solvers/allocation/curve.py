@@ -287,6 +287,8 @@ def least_energy_within(
     span = longer[0] - quicker[0]
     share = (delay_max_s - quicker[0]) / span if span > 0 else 0.0
     round_s = quicker[2] + share * (longer[2] - quicker[2])
+    # a deadline is a deadline: rounding of the sum comes off the longest round
+    round_s[np.argmax(round_s)] -= 2.0 * max(float(round_s.sum()) - delay_max_s, 0.0)
     price = math.exp(quicker[1] + share * (longer[1] - quicker[1]))
     return solve(batch, LeastEnergy(_positive(round_s)), access), price
 
