@@ -26,7 +26,7 @@ CUT = 1.8
 CLOSE = 3e-6
 _LN2 = math.log(2.0)
 # A block of instances waits for its slowest, which costs about this factor.
-_LANES_COST = 1.35
+_LANES_COST = 1.2
 
 # Fields of a row of slots, each LANES numbers.
 WEIGHT = 0  # 1 for a device with payload, else 0
