@@ -474,17 +474,6 @@ def _psi(z: FloatArray) -> FloatArray:
     return np.where(z < 0.25, series, z * np.exp(z) - np.expm1(z))
 
 
-def _capacity_slope(x: FloatArray) -> FloatArray:
-    """Return ``log(1+x) - x/(1+x)``, the slope in b of ``b log(1 + PG/b)`` at ``x = PG/b``."""
-    small = np.minimum(x, 0.02)
-    series = np.zeros_like(x)
-    term = small * small
-    for n in range(2, 12):
-        series = series + term * ((n - 1) / n)
-        term = -term * small
-    return np.where(x < 0.02, series, np.log1p(x) - x / (1.0 + x))
-
-
 def columns(batch: Batch) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Payload [nat], G [Hz/W], bandwidth and fixed delay as columns."""
     nats = batch.payload_bit * np.log(2.0)
