@@ -79,6 +79,7 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
         "files": _digest(scenario.model, scenario.data, scenario.folder),
         "peft": everything["peft"],
         "training": training,
+        "aggregation": everything["aggregation"],
         "seeds": {name: everything["seeds"][name] for name in ("data", "training")},
         "devices": len(scenario.devices),
         "schedule": str(schedule),

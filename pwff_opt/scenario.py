@@ -101,11 +101,19 @@ class Data:
 class Peft:
     """The trainable blocks."""
 
-    adapter_width: Count = 16
+    adapter_width: Natural = 16
+    """Of the bottleneck adapters; 0: none."""
+    lora_scaling: Literal["constant", "standard", "rslora"] = "constant"
+    """What multiplies B A of rank r: lora_scale, or alpha / r, or alpha / sqrt(r) (rank-stabilised)."""
     lora_scale: Positive = 2.0
-    """alpha / r."""
+    """Only for "constant", where it stands for alpha / r at every rank."""
+    lora_alpha: Positive = 8.0
+    """Only for "standard" and "rslora"."""
+    common_lora_rank: Natural = 0
+    """Rank of a second LoRA beside the one that decisions size, averaged over devices; 0: none."""
     head: Literal["personal", "shared"] = "personal"
-    upload_dtype: Literal["float32", "float16"] = "float32"
+    upload_dtype: Literal["float32", "float16", "int8"] = "float32"
+    """"int8": a scale a tensor, and what rounding lost is added to the next upload (error feedback)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +131,52 @@ class Training:
     head_learning_rate: Positive = 1e-3
     """Of the classification head."""
     weight_decay: NonNegative = 0.01
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen model where it is trained on this machine; blocks are always float32."""
     feature_cache_byte: NonNegative = 4e9
-    """Memory of this machine for outputs of frozen layers; changes speed, never results."""
+    """Memory of this machine for outputs of frozen layers; what does not fit goes to disk. It changes
+    speed, never results."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aggregation:
+    """What the server does with the blocks of aggregated layers; see :mod:`pwff_opt.federated.aggregation`.
+
+    The default is PWFF: adapters are averaged, LoRA is personal.
+    """
+
+    adapter: Literal["average", "personal"] = "average"
+    lora: Literal[
+        "personal",
+        "fedit",
+        "ffa",
+        "fedsa",
+        "rolora",
+        "hetlora",
+        "flora",
+        "flexlora",
+        "fedex",
+        "raflora",
+    ] = "personal"
+    devices_per_round: Natural = 0
+    """Devices drawn to take part in a round; 0: all."""
+    proximal: NonNegative = 0.0
+    """FedProx: half of this times the squared distance from the round's start joins the loss, for
+    the blocks that are uploaded."""
+    server: Literal["average", "momentum", "adam"] = "average"
+    """How averages become the new shared blocks: as they are, or a step by FedAvgM or FedAdam."""
+    server_learning_rate: Positive = 1.0
+    server_momentum: Annotated[float, Ge(0), Le(1)] = 0.9
+    server_second_momentum: Annotated[float, Ge(0), Le(1)] = 0.99
+    """FedAdam's decay of the squared update."""
+    server_adaptivity: Positive = 1e-3
+    """FedAdam's tau, below which updates are not magnified."""
+    clip_norm: NonNegative = 0.0
+    """Largest Euclidean norm of a device's update of uploaded blocks; 0: none."""
+    noise_multiplier: NonNegative = 0.0
+    """Standard deviation of the Gaussian noise on the sum of clipped updates, over ``clip_norm``."""
+    privacy_delta: Annotated[float, Gt(0), Le(1)] = 1e-5
+    """The delta at which the spent (epsilon, delta) is reported where noise is added."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +241,7 @@ class Scenario:
     data: Data = field(default_factory=Data)
     peft: Peft = field(default_factory=Peft)
     training: Training = field(default_factory=Training)
+    aggregation: Aggregation = field(default_factory=Aggregation)
     decisions: Decisions = field(default_factory=Decisions)
     thresholds: Thresholds = field(default_factory=Thresholds)
     search: Search = field(default_factory=Search)
@@ -225,6 +278,7 @@ class Scenario:
                 f"({self.data.train_per_device}), so that a round sees no example twice; "
                 f"got {self.training.local_steps} x {self.training.batch_size}"
             )
+        yield from self._aggregation_relations()
         for key, values in (
             ("decisions.ranks", self.decisions.ranks),
             ("decisions.layer_states", self.decisions.layer_states),
@@ -241,6 +295,26 @@ class Scenario:
             yield (
                 f"decisions.phases must not exceed training.rounds ({self.training.rounds}), "
                 f"got {self.decisions.phases}"
+            )
+
+    def _aggregation_relations(self) -> Iterator[str]:
+        rule = self.aggregation
+        if rule.devices_per_round > len(self.devices):
+            yield (
+                "aggregation.devices_per_round must not exceed the number of devices "
+                f"({len(self.devices)}), got {rule.devices_per_round}"
+            )
+        if rule.noise_multiplier > 0 and rule.clip_norm == 0:
+            yield (
+                "aggregation.clip_norm must be greater than 0 where aggregation.noise_multiplier is "
+                f"({rule.noise_multiplier:g}): noise is measured in it; got 0"
+            )
+        if rule.lora in ("fedit", "fedex", "ffa", "fedsa", "rolora") and (
+            self.decisions.rank_scope == "per_device"
+        ):
+            yield (
+                f"decisions.rank_scope must be 'common' for aggregation.lora {rule.lora!r}, which "
+                "averages factors of one and the same rank; got 'per_device'"
             )
 
 
