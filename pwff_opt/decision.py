@@ -24,7 +24,8 @@ class LayerState(IntEnum):
 
     ``FROZEN``: nothing is trained; the backward pass stops below the lowest layer that is not frozen.
     ``PERSONAL``: adapter and LoRA are trained and stay on the device.
-    ``AGGREGATED``: adapter and LoRA are trained; the adapter is uploaded, averaged and sent back.
+    ``AGGREGATED``: adapter and LoRA are trained; what ``[aggregation]`` names, the adapter unless it says
+    otherwise, is uploaded, averaged and sent back.
     """
 
     FROZEN = 0

@@ -16,7 +16,7 @@ from pwff_opt.scenario import Data, Model, Scenario
 from pwff_opt.scenario_io import resolved
 
 # Raised whenever the trainer would learn something else from the same scenario and schedule.
-TRAINER_VERSION = 1
+TRAINER_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,13 @@ class TrainedRound:
     """What one round of training gave, one entry a device."""
 
     loss: tuple[float, ...]
+    """Mean over the local steps; NaN for a device that took no part or diverged."""
     accuracy: tuple[float, ...]
     """On each device's validation data, after the round; empty where it was not validated."""
-    uplink_bit: int
+    uplink_bit: tuple[int, ...]
     """Measured size of what each device uploaded."""
+    diverged: tuple[int, ...] = ()
+    """Devices whose loss or blocks did not stay finite: left out of the averages, their round undone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

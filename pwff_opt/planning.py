@@ -175,12 +175,7 @@ class Planner:
             raise DecisionError("give either price_of_time_w or round_s, not both and not none")
         if not 0 <= number < len(schedule):
             raise DecisionError(f"number must be in 0..{len(schedule) - 1}, got {number}")
-        demand = self.costs.demand(schedule)
-        one = Demand(
-            payload_bit=demand.payload_bit[number : number + 1],
-            work_cycles=demand.work_cycles[number : number + 1],
-            memory_byte=demand.memory_byte[number : number + 1],
-        )
+        one = self.costs.demand(schedule).only(number)
         problem = self.costs.batch(one, np.asarray(gain, dtype=float)[None, :])
         if price_of_time_w is not None:
             return solve(problem, Weighted(price_of_time_w), self.scenario.cell.access)

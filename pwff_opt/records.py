@@ -269,7 +269,8 @@ class Journal:
                 "device": device,
                 "loss": entry.loss[device],
                 "accuracy_validation": entry.accuracy[device] if entry.accuracy else math.nan,
-                "uplink_bit": entry.uplink_bit,
+                "uplink_bit": entry.uplink_bit[device],
+                "diverged": device in entry.diverged,
             }
             for number, entry in enumerate(evaluation.rounds)
             for device in range(len(entry.loss))
@@ -297,7 +298,10 @@ class Journal:
                         for entry in own[number]
                         if not math.isnan(entry["accuracy_validation"])
                     ),
-                    uplink_bit=int(own[number][0]["uplink_bit"]),
+                    uplink_bit=tuple(int(entry["uplink_bit"]) for entry in own[number]),
+                    diverged=tuple(
+                        int(entry["device"]) for entry in own[number] if entry["diverged"]
+                    ),
                 )
                 for number in range(int(row["rounds"]))
             ),

@@ -164,7 +164,8 @@ class Aggregation:
     """FedProx: half of this times the squared distance from the round's start joins the loss, for
     the blocks that are uploaded."""
     server: Literal["average", "momentum", "adam"] = "average"
-    """How averages become the new shared blocks: as they are, or a step by FedAvgM or FedAdam."""
+    """How averages become the new shared blocks: as they are, or a step by FedAvgM or FedAdam.
+    LoRA factors are among them where the rule is fedit, ffa, fedsa or rolora."""
     server_learning_rate: Positive = 1.0
     server_momentum: Annotated[float, Ge(0), Le(1)] = 0.9
     server_second_momentum: Annotated[float, Ge(0), Le(1)] = 0.99
@@ -308,6 +309,17 @@ class Scenario:
             yield (
                 "aggregation.clip_norm must be greater than 0 where aggregation.noise_multiplier is "
                 f"({rule.noise_multiplier:g}): noise is measured in it; got 0"
+            )
+        if rule.noise_multiplier > 0 and rule.lora in (
+            "hetlora",
+            "flora",
+            "flexlora",
+            "fedex",
+            "raflora",
+        ):
+            yield (
+                "aggregation.noise_multiplier must be 0 for aggregation.lora "
+                f"{rule.lora!r}, which does more than average; got {rule.noise_multiplier:g}"
             )
         if rule.lora in ("fedit", "fedex", "ffa", "fedsa", "rolora") and (
             self.decisions.rank_scope == "per_device"

@@ -10,7 +10,7 @@ from pwff_opt.costs.blocks import (
 )
 from pwff_opt.costs.flops import TokenCount, forward_flops, step_flops
 from pwff_opt.costs.memory import training_memory_byte
-from pwff_opt.costs.payload import uplink_payload_bit
+from pwff_opt.costs.payload import broadcast_payload_bit, uplink_payload_bit
 from pwff_opt.costs.round import CostModel, Demand, Workload
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "TokenCount",
     "Workload",
     "adapter_parameters",
+    "broadcast_payload_bit",
     "forward_flops",
     "head_parameters",
     "lora_parameters",

@@ -4,55 +4,124 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from pwff_opt.costs.architecture import Architecture
 from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError, ModelError
+from pwff_opt.scenario import Scenario
+
+LoraRule = Literal[
+    "personal",
+    "fedit",
+    "ffa",
+    "fedsa",
+    "rolora",
+    "hetlora",
+    "flora",
+    "flexlora",
+    "fedex",
+    "raflora",
+]
+UploadDtype = Literal["float32", "float16", "int8"]
+Factors = Literal["", "A", "B", "AB"]
+"""Factors of a LoRA, A: [rank, in], B: [out, rank]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    r"""The trainable blocks that a scenario puts on a frozen model.
+    r"""The trainable blocks that a scenario puts on a frozen model, as they are in one round.
 
     Parameters
     ----------
     adapter_width
-        Width :math:`w` of the bottleneck adapter of a layer.
-    bits_per_parameter
-        Bits of a parameter on the air [bit]; on the device everything is float32.
-    head_shared
-        Whether the classification head is uploaded and averaged, or stays personal.
+        Width :math:`w` of the bottleneck adapter of a layer; 0: none.
+    common_rank
+        Rank :math:`q` of the LoRA beside the one that decisions size; all devices share it. 0: none.
+    lora_rule
+        ``aggregation.lora``: what happens to the LoRA that decisions size.
+    round
+        Number of the round, from 0. Only its parity matters, and only for "rolora".
+    adapter_shared, head_shared
+        Whether adapters of aggregated layers, and the classification head, are uploaded and averaged.
+    upload_dtype
+        Of a parameter on the air; on the device everything is float32.
 
     Raises
     ------
     ModelError
-        The width or the bits are not positive integers.
+        A size is not an integer of at least 0, or a name is unknown.
     """
 
     adapter_width: int
-    bits_per_parameter: int = 32
+    common_rank: int = 0
+    lora_rule: LoraRule = "personal"
+    round: int = 0
+    adapter_shared: bool = True
     head_shared: bool = False
+    upload_dtype: UploadDtype = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("adapter_width", "bits_per_parameter"):
+        for name in ("adapter_width", "common_rank", "round"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ModelError(f"{name} must be an integer of at least 1, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ModelError(f"{name} must be an integer of at least 0, got {value!r}")
+        choices: dict[str, Any] = {"lora_rule": LoraRule, "upload_dtype": UploadDtype}
+        for name, kind in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise ModelError(
+                    f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}"
+                )
+
+    @classmethod
+    def of(cls, scenario: Scenario, *, round: int) -> Blocks:
+        """Return the blocks of a round; equal ones for rounds between which nothing differs."""
+        peft, aggregation = scenario.peft, scenario.aggregation
+        return cls(
+            adapter_width=peft.adapter_width,
+            common_rank=peft.common_lora_rank,
+            lora_rule=aggregation.lora,
+            round=round % 2 if aggregation.lora == "rolora" else 0,
+            adapter_shared=aggregation.adapter == "average",
+            head_shared=peft.head == "shared",
+            upload_dtype=peft.upload_dtype,
+        )
+
+    def lora_trained(self, state: LayerState) -> Factors:
+        """Return the factors that learn in a layer, of the LoRA that decisions size.
+
+        A rule holds a factor fixed where it aggregates; in a personal layer both learn.
+        """
+        if state == LayerState.FROZEN:
+            return ""
+        if state == LayerState.AGGREGATED and self.lora_rule == "ffa":
+            return "B"
+        if state == LayerState.AGGREGATED and self.lora_rule == "rolora":
+            return "A" if self.round % 2 else "B"
+        return "AB"
+
+    @property
+    def lora_uploaded(self) -> Factors:
+        """Factors that are sent in every aggregated layer, of the LoRA that decisions size."""
+        if self.lora_rule == "personal":
+            return ""
+        return "A" if self.lora_rule == "fedsa" else self.lora_trained(LayerState.AGGREGATED)
 
 
 def adapter_parameters(architecture: Architecture, blocks: Blocks) -> int:
-    r"""Return the parameters of the adapter of one layer, :math:`2hw + w + h`."""
+    r"""Return the parameters of the adapter of one layer, :math:`2hw + w + h`, or 0 at width 0."""
     h, w = architecture.hidden, blocks.adapter_width
-    return 2 * h * w + w + h
+    return 2 * h * w + w + h if w else 0
 
 
-def lora_parameters(architecture: Architecture, rank: int) -> int:
-    r"""Return the parameters of the LoRA of one layer, :math:`r(h + a) + r(h + k)`.
+def lora_parameters(architecture: Architecture, rank: int, factors: Factors = "AB") -> int:
+    r"""Return the parameters of the LoRA of one layer, A: :math:`2rh`, B: :math:`r(a + k)`.
 
     Query and value projections only, A: [r, h], B: [a or k, r]; ``rank`` 0 means no LoRA.
     """
     a, k = architecture.query_width, architecture.key_value_width
-    return rank * (2 * architecture.hidden + a + k)
+    return rank * (("A" in factors) * 2 * architecture.hidden + ("B" in factors) * (a + k))
 
 
 def head_parameters(architecture: Architecture) -> int:
@@ -64,10 +133,12 @@ def head_parameters(architecture: Architecture) -> int:
 def trained_parameters(
     architecture: Architecture, blocks: Blocks, *, rank: int, states: Sequence[LayerState]
 ) -> int:
-    """Return the parameters that a round trains: head, and adapter and LoRA of unfrozen layers."""
+    """Return the parameters that a round trains: head, and adapter and LoRAs of unfrozen layers."""
     layers = sum(state != LayerState.FROZEN for state in states)
-    per_layer = adapter_parameters(architecture, blocks) + lora_parameters(architecture, rank)
-    return head_parameters(architecture) + layers * per_layer
+    per_layer = adapter_parameters(architecture, blocks)
+    per_layer += lora_parameters(architecture, blocks.common_rank)
+    sized = (lora_parameters(architecture, rank, blocks.lora_trained(state)) for state in states)
+    return head_parameters(architecture) + layers * per_layer + sum(sized)
 
 
 def check_states(

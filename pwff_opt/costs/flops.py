@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pwff_opt.costs.architecture import Architecture
-from pwff_opt.costs.blocks import Blocks, check_states, lowest_trained
+from pwff_opt.costs.blocks import Blocks, Factors, check_states, lowest_trained
 from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError
 
@@ -67,11 +67,12 @@ def forward_flops(
 
     .. math::
         F = \sum_l \big[2T(2ha + 2hk + m\,hi) + 4Qa
-            + \pi_l\,(4Thw + 2T r(2h + a + k))\big] + F_\text{head}
+            + \pi_l\,(4Thw + 2T (r+q)(2h + a + k))\big] + F_\text{head}
 
     :math:`N, T, Q`: the fields of ``count``; :math:`m` = 2 matrices in BERT's MLP, 3 in a gated
-    one; :math:`\pi_l`: layer has blocks; :math:`F_\text{head} = 2N(h^2 + hc)` for BERT (pooler
-    and head see one token a sequence), :math:`2Thc` for Llama (Hugging Face scores every token).
+    one; :math:`\pi_l`: layer has blocks; :math:`q`: rank of the common LoRA;
+    :math:`F_\text{head} = 2N(h^2 + hc)` for BERT (pooler and head see one token a sequence),
+    :math:`2Thc` for Llama (Hugging Face scores every token).
 
     Parameters
     ----------
@@ -126,10 +127,14 @@ def step_flops(
     - layers above :math:`\ell`: the input gradient of every product, i.e. the forward FLOPs again
       with four attention products for two, and the weight gradient of the blocks that are trained;
     - layer :math:`\ell`, whose input needs no gradient: weight gradients of its blocks; input
-      gradient of the adapter's up-projection; and with LoRA, those of the adapter's
-      down-projection, the MLP, the attention output, both B factors and three attention products
-      (the keys need no gradient). Without LoRA nothing flows below the adapter;
+      gradient of the adapter's up-projection; and with any LoRA, those of the adapter's
+      down-projection, the MLP, the attention output, three attention products (the keys need no
+      gradient), and of each factor B whose A is trained. Without LoRA nothing flows below the
+      adapter;
     - nothing below :math:`\ell`.
+
+    A factor that the rule of ``blocks`` holds fixed in this round (``Blocks.lora_trained``) has no
+    weight gradient. Where there is neither adapter nor LoRA (width and ranks 0) no layer is trained.
 
     The optimiser does element-wise work only, which is not counted.
 
@@ -163,14 +168,17 @@ def step_flops(
     lowest = lowest_trained(states)
     if lowest == architecture.layers:
         return total  # type: ignore[no-any-return]
-    total = total + work.head + work.pooler
+    total = total + work.trains * work.head + work.trains * work.pooler
     trained = sum(state != LayerState.FROZEN for state in states)
     total += trained * (work.adapter + work.lora)
+    for state in states:
+        if state != LayerState.FROZEN:
+            total -= work.fixed_factors(blocks.lora_trained(state))
     above = architecture.layers - lowest - 1
-    total += above * (work.base + 4 * work.attention_product)
+    total += work.trains * (above * (work.base + 4 * work.attention_product))
     total += sum(map(bool, present[lowest + 1 :])) * (work.adapter + work.lora)
     total += work.half_adapter
-    total += work.has_lora * work.lowest_layer
+    total += work.has_lora * work.lowest_layer(blocks.lora_trained(states[lowest]))
     return total  # type: ignore[no-any-return]
 
 
@@ -185,23 +193,39 @@ class _Work:
         tokens: Any = count.tokens
         squared: Any = count.squared_tokens
         bert = architecture.family == "bert"
+        common = blocks.common_rank
         mlp = 2 * tokens * (2 if bert else 3) * h * architecture.intermediate
         output = 2 * tokens * a * h
         half_adapter = 2 * tokens * h * blocks.adapter_width
-        lora_b = 2 * tokens * rank * (a + k)
+        self.lora_a: Any = 2 * tokens * rank * 2 * h
+        self.lora_b: Any = 2 * tokens * rank * (a + k)
+        self.common_b: Any = 2 * tokens * common * (a + k)
         self.base: Any = mlp + output + 2 * tokens * h * (a + 2 * k)
         self.attention_product: Any = 2 * squared * a
         self.adapter: Any = 2 * half_adapter
-        self.lora: Any = 2 * tokens * rank * 2 * h + lora_b
+        self.half_adapter: Any = half_adapter
+        common_lora = 2 * tokens * common * 2 * h + self.common_b
+        self.lora: Any = self.lora_a + self.lora_b + common_lora
         self.pooler: Any = 0
         if architecture.pooling == "mean":
             self.pooler = 2 * tokens * h  # a product of weights [1, token] and [token, hidden]
         elif bert:
             self.pooler = 2 * sequences * h * h
         self.head: Any = 2 * (sequences if bert else tokens) * h * architecture.classes
-        self.has_lora: Any = rank > 0
-        self.lowest_layer: Any = half_adapter + mlp + output + lora_b + 3 * self.attention_product
-        self.half_adapter: Any = half_adapter
+        # With one rank a device, each of the next two is an array of one truth a device.
+        self.has_lora: Any = rank + common > 0
+        self.trains: Any = rank + common + blocks.adapter_width > 0
+        self._above_lora: Any = half_adapter + mlp + output
+
+    def fixed_factors(self, trained: Factors) -> Any:
+        """Return the weight gradients of a layer's LoRA that are saved where not both learn."""
+        return ("A" not in trained) * self.lora_a + ("B" not in trained) * self.lora_b
+
+    def lowest_layer(self, trained: Factors) -> Any:
+        """Return the input gradients of a lowest trained layer from its adapter down to its LoRAs."""
+        # The gradient goes through a factor B only to reach an A that learns.
+        factors_b = ("A" in trained) * self.lora_b + self.common_b
+        return self._above_lora + factors_b + 3 * self.attention_product
 
 
 def _check_rank(rank: Quantity) -> None:

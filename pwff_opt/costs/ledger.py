@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pwff_opt.costs.architecture import Architecture
+from pwff_opt.costs.blocks import Factors
 
 BYTE = 4
 """Bytes of a float32."""
@@ -35,6 +37,37 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """Bytes of one LoRA's tensors on queries and values, and its factors that learn."""
+
+    product: int
+    """A x."""
+    a: int
+    query_b: int
+    value_b: int
+    factors: Factors
+
+    @classmethod
+    def of(cls, architecture: Architecture, *, rank: int, token: int, factors: Factors) -> Lora:
+        """Return the sizes at a rank, ``token`` being the bytes of a number for every token."""
+        return cls(
+            product=token * rank,
+            a=BYTE * rank * architecture.hidden,
+            query_b=BYTE * rank * architecture.query_width,
+            value_b=BYTE * rank * architecture.key_value_width,
+            factors=factors,
+        )
+
+    @property
+    def learns_a(self) -> bool:
+        return "A" in self.factors
+
+    @property
+    def learns_b(self) -> bool:
+        return "B" in self.factors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Bytes of the tensors of a layer, named by what they hold."""
 
@@ -46,13 +79,9 @@ class Sizes:
     mask: int
     token: int
     width: int
-    rank: int
     down_weight: int
     down_bias: int
     up_bias: int
-    lora_a: int
-    lora_query_b: int
-    lora_value_b: int
     # One sequence's heads are a view of its projection; several are not, and are copied for bmm.
     copies: bool
     grouped: bool
@@ -66,7 +95,6 @@ class Sizes:
         architecture: Architecture,
         *,
         adapter_width: int,
-        rank: int,
         sequences: int,
         length: int,
         padded: bool,
@@ -83,13 +111,9 @@ class Sizes:
             mask=token * length,
             token=token,
             width=token * adapter_width,
-            rank=token * rank,
             down_weight=BYTE * h * adapter_width,
             down_bias=BYTE * adapter_width,
             up_bias=BYTE * h,
-            lora_a=BYTE * rank * h,
-            lora_query_b=BYTE * rank * a,
-            lora_value_b=BYTE * rank * k,
             copies=sequences > 1,
             grouped=architecture.heads > architecture.key_value_heads,
             repeats=architecture.heads > architecture.key_value_heads > 1,
@@ -103,65 +127,74 @@ class Mode:
     """What a layer's tensors are kept for.
 
     ``below``: its input needs a gradient, because a layer below is trained; ``trained``: its blocks
-    are trained; ``adapter``, ``lora``: it has that block in its forward pass.
+    are trained; ``adapter``: it has one in its forward pass; ``loras``: it has these, in the order
+    of the forward pass, none of rank 0.
     """
 
     below: bool
     trained: bool
     adapter: bool
-    lora: bool
+    loras: tuple[Lora, ...]
 
     @property
     def flows(self) -> bool:
         """Whether the gradient goes on from the adapter into the layer's MLP and attention."""
-        return self.below or self.keeps_lora_input
+        return self.below or (self.trained and bool(self.loras))
 
     @property
     def keeps_lora_input(self) -> bool:
         """Whether the weight gradient of the A factors needs the input of the projections."""
-        return self.trained and self.lora
+        return any(lora.learns_a for lora in self.loras)
 
 
 def projection_forward(ledger: Ledger, s: Sizes, m: Mode, *, out: int) -> None:
-    """Query or value projection with its LoRA; leaves the result alive."""
+    """Query or value projection with its LoRAs; leaves the result alive."""
     ledger.take(out)  # W x
-    if m.lora:
-        ledger.take(s.rank)  # A x, kept for the gradient of B
+    for lora in m.loras:
+        ledger.take(lora.product)  # A x, kept for the gradient of B
         ledger.take(out)  # B A x
-        if not m.trained:
-            ledger.give(s.rank)
+        if not lora.learns_b:
+            ledger.give(lora.product)
         ledger.swap(out)  # scaled
         ledger.take(out)  # sum
         ledger.give(out, out)  # W x, scaled
 
 
-def projection_backward(ledger: Ledger, s: Sizes, m: Mode, *, out: int, factor_b: int) -> int:
+def projection_backward(
+    ledger: Ledger, s: Sizes, m: Mode, projection: Literal["query", "value"]
+) -> int:
     """Query or value projection; takes over the gradient of its output.
 
-    Returns the number of gradients of its input it leaves alive: one per path, LoRA and base.
+    Returns the number of gradients of its input it leaves alive: one per path, LoRAs and base. Where
+    there are two LoRAs torch has added some of them up by then: an upper bound.
     """
+    out = s.query if projection == "query" else s.key
     ledger.swap(out)  # heads merged
     gradients = 0
-    if m.lora:
+    for lora in reversed(m.loras):
         ledger.take(out)  # unscaled
-        if not m.below:
+        if lora is m.loras[0] and not m.below:
             ledger.give(out)  # the base projection passes nothing on
-        if m.trained:
-            ledger.take(factor_b)
-        ledger.take(s.rank)
+        to_a = m.below or lora.learns_a
+        if lora.learns_b:
+            ledger.take(lora.query_b if projection == "query" else lora.value_b)
+        if to_a:
+            ledger.take(lora.product)
         ledger.give(out)
-        if m.trained:
-            ledger.give(s.rank)  # A x
-            ledger.take(s.lora_a)
+        if lora.learns_b:
+            ledger.give(lora.product)  # A x
+        if lora.learns_a:
+            ledger.take(lora.a)
         if m.below:
             ledger.take(s.hidden)
             gradients += 1
-        ledger.give(s.rank)
+        if to_a:
+            ledger.give(lora.product)
     if m.below:
         ledger.take(s.hidden)
         gradients += 1
         ledger.give(out)
-    elif not m.lora:
+    elif not m.loras:
         ledger.give(out)
     return gradients
 

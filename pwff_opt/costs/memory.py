@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pwff_opt.costs import memory_bert, memory_llama
 from pwff_opt.costs.architecture import Architecture
 from pwff_opt.costs.blocks import (
     Blocks,
+    Factors,
     adapter_parameters,
     check_states,
     head_parameters,
@@ -15,7 +16,7 @@ from pwff_opt.costs.blocks import (
     lowest_trained,
     trained_parameters,
 )
-from pwff_opt.costs.ledger import BYTE, Ledger, Mode, Sizes
+from pwff_opt.costs.ledger import BYTE, Ledger, Lora, Mode, Sizes
 from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError
 
@@ -41,7 +42,8 @@ def training_memory_byte(
     .. math:: M = 4\,(n_\text{frozen} + n_\text{blocks} + 2\,n_\text{trained}) + M_\text{buffers}
               + \max_\tau \textstyle\sum_{x \text{ alive at } \tau} |x|
 
-    The first part is resident: weights and the two moments of AdamW, in float32. The maximum is
+    The first part is resident: weights and the two moments of AdamW, in float32; a LoRA's factor
+    that the rule of ``blocks`` holds fixed in this round has no moments. The maximum is
     over the instants of one step (forward, backward, optimiser) and its sum over activations kept
     for the backward pass, gradients that exist by then, and workspace. The step is replayed tensor
     by tensor in the order in which torch makes and releases them; nothing is fitted.
@@ -79,8 +81,11 @@ def training_memory_byte(
     one tensor at a time, gradients released after each step, an MLP activation that is one kernel
     (gelu, silu, relu, ...), and for decoders ``use_cache=False``, which is not Hugging Face's
     default: the cache adds up to a fifth to what is not weights where little is trained. Fused
-    attention needs less. Not included: the interpreter, code, allocator fragmentation, and what
-    BLAS allocates for itself.
+    attention needs less. Where a common LoRA stands beside that of ``rank``, the backward pass
+    through a projection is an upper bound, too high by at most two hidden states. What aggregation
+    adds to frozen weights (flora, fedex) is taken to be folded into them. Not included: what
+    a device keeps for error feedback (int8 uploads) or for the proximal term, the interpreter, code,
+    allocator fragmentation, and what BLAS allocates for itself.
 
     Source: saved tensors of torch 2.13 and transformers 5.23, checked against every allocation that
     torch's profiler reports.
@@ -94,18 +99,18 @@ def training_memory_byte(
     sizes = Sizes.of(
         architecture,
         adapter_width=blocks.adapter_width,
-        rank=rank,
         sequences=sequences,
         length=length,
         padded=padded,
     )
-    lowest = lowest_trained(states)
+    any_blocks = max(blocks.adapter_width, blocks.common_rank, rank) > 0
+    lowest = lowest_trained(states) if any_blocks else architecture.layers
     modes = [
         Mode(
             below=layer > lowest,
-            trained=state != LayerState.FROZEN,
-            adapter=bool(here),
-            lora=bool(here) and rank > 0,
+            trained=state != LayerState.FROZEN and any_blocks,
+            adapter=bool(here) and blocks.adapter_width > 0,
+            loras=_loras(architecture, blocks, rank, state, sizes.token) if here else (),
         )
         for layer, (state, here) in enumerate(zip(states, present, strict=True))
     ]
@@ -119,13 +124,25 @@ def training_memory_byte(
         backward(ledger, sizes, mode)
     _optimiser(ledger, architecture, sizes, modes)
 
-    per_layer = adapter_parameters(architecture, blocks) + lora_parameters(architecture, rank)
+    per_layer = adapter_parameters(architecture, blocks)
+    per_layer += lora_parameters(architecture, rank + blocks.common_rank)
     resident = architecture.parameters() + head_parameters(architecture)
     resident += sum(map(bool, present)) * per_layer
     resident += 2 * trained_parameters(architecture, blocks, rank=rank, states=states)
     # Token numbers, attention mask and labels are 64-bit integers.
     batch = 8 * (2 * sequences * length + sequences)
     return BYTE * resident + _buffers_byte(architecture) + batch + ledger.peak
+
+
+def _loras(
+    architecture: Architecture, blocks: Blocks, rank: int, state: LayerState, token: int
+) -> tuple[Lora, ...]:
+    """Return the LoRAs of a layer: the one that decisions size, then the common one."""
+    common: Factors = "" if state == LayerState.FROZEN else "AB"
+    both = ((rank, blocks.lora_trained(state)), (blocks.common_rank, common))
+    return tuple(
+        Lora.of(architecture, rank=r, token=token, factors=factors) for r, factors in both if r
+    )
 
 
 def _buffers_byte(architecture: Architecture) -> int:
@@ -224,13 +241,21 @@ def _optimiser(ledger: Ledger, architecture: Architecture, s: Sizes, modes: Sequ
     for mode in modes:
         if not mode.trained:
             continue
-        for size in (
-            *((s.lora_a, s.lora_query_b, s.lora_a, s.lora_value_b) if mode.lora else ()),
-            *(s.down_weight, s.down_bias, s.down_weight, s.up_bias),
-        ):
+        for size in _trained_tensors(s, mode):
             ledger.take(size, size)
             ledger.give(size, previous)
             previous = size
     weight = BYTE * architecture.hidden * architecture.classes
     ledger.take(weight, weight)
     ledger.give(weight, weight, previous)
+
+
+def _trained_tensors(s: Sizes, mode: Mode) -> Iterator[int]:
+    """Yield the bytes of every tensor that learns in a layer, in the order of the model."""
+    for projection in ("query", "value"):
+        yield from (lora.a for lora in mode.loras if lora.learns_a)
+        for lora in mode.loras:
+            if lora.learns_b:
+                yield lora.query_b if projection == "query" else lora.value_b
+    if mode.adapter:
+        yield from (s.down_weight, s.down_bias, s.down_weight, s.up_bias)

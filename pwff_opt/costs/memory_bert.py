@@ -61,14 +61,13 @@ def layer_backward(ledger: Ledger, s: Sizes, m: Mode) -> None:
         ledger.take(s.query)  # gradient of the keys
         ledger.give(s.query)  # queries
     ledger.give(s.scores, s.query)  # gradient of the scores, keys
-    for factor_b in (s.lora_value_b, None, s.lora_query_b):
-        if factor_b is not None:
-            paths = projection_backward(ledger, s, m, out=s.query, factor_b=factor_b)
-            ledger.give(paths * s.hidden)  # added into the residual's gradient in place
-        elif m.below:
-            ledger.swap(s.query)  # keys, heads merged
-            ledger.take(s.hidden)
-            ledger.give(s.query, s.hidden)
+    # Gradients of the layer's input are added into the residual's in place.
+    ledger.give(projection_backward(ledger, s, m, "value") * s.hidden)
+    if m.below:
+        ledger.swap(s.query)  # keys, heads merged
+        ledger.take(s.hidden)
+        ledger.give(s.query, s.hidden)
+    ledger.give(projection_backward(ledger, s, m, "query") * s.hidden)
     if m.keeps_lora_input:
         ledger.give(s.hidden)
 

@@ -148,10 +148,11 @@ def _attention_backward(ledger: Ledger, s: Sizes, m: Mode) -> None:
     if m.below:
         _rotary_backward(ledger, s.key)
     _rotary_backward(ledger, s.query)
-    paths = projection_backward(ledger, s, m, out=s.key, factor_b=s.lora_value_b)
+    paths = projection_backward(ledger, s, m, "value")
     if m.below:
         if paths > 1:
             _add(ledger, s)
+            ledger.give((paths - 2) * s.hidden)  # in place, as below
         ledger.swap(s.key)  # keys, heads merged
         ledger.take(s.hidden)
         ledger.give(s.key)
@@ -159,7 +160,7 @@ def _attention_backward(ledger: Ledger, s: Sizes, m: Mode) -> None:
             ledger.give(s.hidden)  # in place: the sum is already a buffer of the engine's own
         else:
             _add(ledger, s)
-    paths = projection_backward(ledger, s, m, out=s.query, factor_b=s.lora_query_b)
+    paths = projection_backward(ledger, s, m, "query")
     ledger.give(paths * s.hidden)
     if m.keeps_lora_input:
         ledger.give(s.hidden)

@@ -11,16 +11,16 @@ from pwff_opt.costs.architecture import Architecture
 from pwff_opt.costs.blocks import Blocks
 from pwff_opt.costs.flops import TokenCount, step_flops
 from pwff_opt.costs.memory import training_memory_byte
-from pwff_opt.costs.payload import uplink_payload_bit
+from pwff_opt.costs.payload import broadcast_payload_bit, uplink_payload_bit
 from pwff_opt.decision import RoundDecision, Schedule
 from pwff_opt.errors import DecisionError
 from pwff_opt.models import model_config, model_source
+from pwff_opt.participation import participants
 from pwff_opt.scenario import Scenario
 from pwff_opt.wireless import rate_bps
 from pwff_solvers.allocation import Batch
 
 FloatArray = NDArray[np.float64]
-UPLOAD_BITS = {"float32": 32, "float16": 16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -45,10 +45,15 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Demand:
-    """What the rounds of a schedule demand: arrays [round] and [round, device]."""
+    """What the rounds of a schedule demand: arrays [round] and [round, device].
+
+    A device that does not take part in a round uploads, computes and holds nothing: 0.
+    """
 
     payload_bit: FloatArray
-    """[round]: upload of each device, and size of the broadcast."""
+    """[round, device]: upload."""
+    broadcast_bit: FloatArray
+    """[round]: the one transmission that all participants hear."""
     work_cycles: FloatArray
     """[round, device]: CPU cycles of the local steps."""
     memory_byte: FloatArray
@@ -58,6 +63,21 @@ class Demand:
     def shape(self) -> tuple[int, int]:
         rounds, devices = self.work_cycles.shape
         return rounds, devices
+
+    @property
+    def takes_part(self) -> NDArray[np.bool_]:
+        """[round, device]: whether a device takes part, which always takes memory."""
+        return self.memory_byte > 0
+
+    def only(self, number: int) -> Demand:
+        """Return what one round (counted from 0) demands."""
+        one = slice(number, number + 1)
+        return Demand(
+            payload_bit=self.payload_bit[one],
+            broadcast_bit=self.broadcast_bit[one],
+            work_cycles=self.work_cycles[one],
+            memory_byte=self.memory_byte[one],
+        )
 
 
 class CostModel:
@@ -80,11 +100,6 @@ class CostModel:
         self.architecture = Architecture.from_config(
             model_config(source), classes=workload.classes, pooling=scenario.model.pooling
         )
-        self.blocks = Blocks(
-            adapter_width=scenario.peft.adapter_width,
-            bits_per_parameter=UPLOAD_BITS[scenario.peft.upload_dtype],
-            head_shared=scenario.peft.head == "shared",
-        )
         batch = scenario.training.batch_size
         self._count = TokenCount(
             sequences=np.full(len(scenario.devices), float(batch)),
@@ -92,16 +107,26 @@ class CostModel:
             squared_tokens=batch * workload.mean_squared_tokens,
         )
         self._flops_per_cycle = np.array([device.flops_per_cycle for device in scenario.devices])
-        self._known: dict[tuple[RoundDecision, tuple[bool, ...]], Demand] = {}
+        self._known: dict[
+            tuple[RoundDecision, tuple[bool, ...], Blocks, tuple[bool, ...]], Demand
+        ] = {}
 
     def demand(self, schedule: Schedule) -> Demand:
-        """Return what every round of a schedule demands."""
+        """Return what every round of a schedule demands; its first round is the run's round 0."""
         rounds = [
-            self._round(decision, present)
-            for decision, present in zip(schedule.rounds, schedule.present, strict=True)
+            self._round(
+                decision,
+                present,
+                Blocks.of(self.scenario, round=number),
+                participants(self.scenario, number),
+            )
+            for number, (decision, present) in enumerate(
+                zip(schedule.rounds, schedule.present, strict=True)
+            )
         ]
         return Demand(
             payload_bit=np.concatenate([demand.payload_bit for demand in rounds]),
+            broadcast_bit=np.concatenate([demand.broadcast_bit for demand in rounds]),
             work_cycles=np.concatenate([demand.work_cycles for demand in rounds]),
             memory_byte=np.concatenate([demand.memory_byte for demand in rounds]),
         )
@@ -109,8 +134,8 @@ class CostModel:
     def batch(self, demand: Demand, gain: FloatArray) -> Batch:
         """Return the allocation problems of all rounds, one instance each (``gain``: [round, device]).
 
-        Fixed parts are the broadcast, at the rate of the weakest receiver, and the energy to receive
-        it. Energy is that of the devices; the base station's is not counted.
+        Fixed parts are the broadcast, at the rate of the weakest participant, and the energy of the
+        participants to receive it. Energy is that of the devices; the base station's is not counted.
         """
         if gain.shape != demand.shape:
             raise DecisionError(f"gain must have shape {demand.shape}, got {gain.shape}")
@@ -118,13 +143,13 @@ class CostModel:
         broadcast_bps = rate_bps(
             bandwidth_hz=cell.downlink_bandwidth_hz,
             power_w=cell.downlink_power_w,
-            gain=gain.min(axis=1),
+            gain=np.where(demand.takes_part, gain, np.inf).min(axis=1),
             noise_psd_w_per_hz=cell.noise_psd_w_per_hz,
         )
-        broadcast_s = demand.payload_bit / broadcast_bps
+        broadcast_s = demand.broadcast_bit / broadcast_bps
         receive_w = np.array([device.receive_power_w for device in devices])
         return Batch(
-            payload_bit=np.broadcast_to(demand.payload_bit[:, None], demand.shape),
+            payload_bit=demand.payload_bit,
             work_cycles=demand.work_cycles,
             gain=gain,
             power_max_w=np.array([device.power_max_w for device in devices]),
@@ -133,7 +158,7 @@ class CostModel:
             kappa=np.array([device.kappa for device in devices]),
             bandwidth_hz=cell.bandwidth_hz,
             noise_psd_w_per_hz=cell.noise_psd_w_per_hz,
-            fixed_energy_j=receive_w * broadcast_s[:, None],
+            fixed_energy_j=demand.takes_part * receive_w * broadcast_s[:, None],
             fixed_delay_s=broadcast_s,
         )
 
@@ -142,8 +167,14 @@ class CostModel:
         limit = np.array([device.memory_byte for device in self.scenario.devices])
         return bool((demand.memory_byte <= limit).all())
 
-    def _round(self, decision: RoundDecision, present: tuple[bool, ...]) -> Demand:
-        known = self._known.get((decision, present))
+    def _round(
+        self,
+        decision: RoundDecision,
+        present: tuple[bool, ...],
+        blocks: Blocks,
+        taking_part: tuple[bool, ...],
+    ) -> Demand:
+        known = self._known.get((decision, present, blocks, taking_part))
         if known is not None:
             return known
         if len(decision.states) != self.architecture.layers:
@@ -159,29 +190,43 @@ class CostModel:
         training = self.scenario.training
         flops = step_flops(
             self.architecture,
-            self.blocks,
+            blocks,
             rank=np.array(decision.ranks),
             states=decision.states,
             present=present,
             count=self._count,
         )
-        memory = {
-            rank: training_memory_byte(
+        ranks = [rank for rank, here in zip(decision.ranks, taking_part, strict=True) if here]
+        upload, memory = {}, {}
+        for rank in set(ranks):
+            upload[rank] = uplink_payload_bit(self.architecture, blocks, decision.states, rank=rank)
+            memory[rank] = training_memory_byte(
                 self.architecture,
-                self.blocks,
+                blocks,
                 rank=rank,
                 states=decision.states,
                 present=present,
                 sequences=training.batch_size,
                 length=self.scenario.model.max_tokens,
             )
-            for rank in set(decision.ranks)
-        }
-        payload = uplink_payload_bit(self.architecture, self.blocks, decision.states)
+        broadcast = broadcast_payload_bit(self.architecture, blocks, decision.states, ranks=ranks)
+
+        def by_device(values: dict[int, int]) -> FloatArray:
+            return np.array(
+                [
+                    [
+                        float(values[rank]) if here else 0.0
+                        for rank, here in zip(decision.ranks, taking_part, strict=True)
+                    ]
+                ]
+            )
+
+        work = training.local_steps * flops / self._flops_per_cycle
         demand = Demand(
-            payload_bit=np.array([float(payload)]),
-            work_cycles=(training.local_steps * flops / self._flops_per_cycle)[None, :],
-            memory_byte=np.array([[float(memory[rank]) for rank in decision.ranks]]),
+            payload_bit=by_device(upload),
+            broadcast_bit=np.array([float(broadcast)]),
+            work_cycles=np.where(taking_part, work, 0.0)[None, :],
+            memory_byte=by_device(memory),
         )
-        self._known[decision, present] = demand
+        self._known[decision, present, blocks, taking_part] = demand
         return demand

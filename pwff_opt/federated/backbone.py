@@ -1,42 +1,130 @@
-"""The frozen language model, held once, with slots for the blocks of whichever device is at work."""
+"""The frozen language model, held once for any number of devices."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from pwff_opt.errors import ModelError
-from pwff_opt.federated.adapters import attach_adapters, pool_by_mean, transformer_layers
+from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
 from pwff_opt.federated.blocks import Tensors
+from pwff_opt.federated.families import HEADS, LAYERS, LORA_TARGETS, Ends
+from pwff_opt.federated.tokens import Packed
 
-logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# The projections that carry a LoRA: queries and values (Hu et al., ICLR 2022, section 4.2).
-LORA_TARGETS = {"bert": ("query", "value"), "llama": ("q_proj", "v_proj")}
-HEADS = {"bert": "classifier", "llama": "score"}
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Start:
+    """Where a pass through the layers begins, and with what."""
+
+    layer: int
+    """The number of layers: only the head is left."""
+    hidden: torch.Tensor
+    """[token, hidden]: the input of ``layer``; if ``completed``, its output but for the adapter."""
+    projected: torch.Tensor | None = None
+    """Queries, keys and values of ``layer`` by its frozen weights, where they are known."""
+    completed: bool = False
+
+
+class Stack:
+    """The blocks of several devices, by layer.
+
+    ``blocks``: a dict for each device of the batch, in order.  ``scales``: what multiplies B A of a
+    device's ``lora``, and ``common_scale`` of ``common``.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Tensors], scales: Sequence[float], *, common_scale: float = 1.0
+    ) -> None:
+        self._blocks, self._scales, self._common_scale = blocks, scales, common_scale
+        self._names = set().union(*blocks)
+
+    def add_low_rank(
+        self,
+        layer: int,
+        name: str,
+        entered: torch.Tensor,
+        base: torch.Tensor,
+        counts: Sequence[int],
+    ) -> torch.Tensor:
+        """Return ``base + scale B A entered`` [token, outputs], each device by its own factors."""
+        kinds = [kind for kind in ("lora", "common") if f"{kind}.{layer}.{name}.A" in self._names]
+        for kind in kinds:
+            changes = []
+            for device, part in enumerate(entered.split(list(counts))):
+                a = self._blocks[device].get(f"{kind}.{layer}.{name}.A")
+                if a is None:
+                    changes.append(part.new_zeros(len(part), base.shape[1]))
+                    continue
+                b = self._blocks[device][f"{kind}.{layer}.{name}.B"]
+                scale = self._scales[device] if kind == "lora" else self._common_scale
+                changes.append(functional.linear(functional.linear(part, a) * scale, b))
+            base = base + torch.cat(changes)
+        return base
+
+    def adapt(self, layer: int, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Return ``x`` through each device's bottleneck adapter, where the layer has one."""
+        prefix = f"adapter.{layer}."
+        if f"{prefix}up.bias" not in self._names:
+            return x
+        changes = []
+        for device, part in enumerate(x.split(list(counts))):
+            own = self._blocks[device]
+            if f"{prefix}up.bias" not in own:
+                changes.append(torch.zeros_like(part))
+                continue
+            inner = functional.linear(part, own[f"{prefix}down.weight"], own[f"{prefix}down.bias"])
+            changes.append(
+                functional.linear(
+                    functional.gelu(inner), own[f"{prefix}up.weight"], own[f"{prefix}up.bias"]
+                )
+            )
+        return x + torch.cat(changes)
+
+    def deltas(self, layer: int) -> Tensors:
+        """Return what aggregation has added to a layer's frozen weights: the same for all devices."""
+        prefix = f"delta.{layer}."
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self._blocks[0].items()
+            if name.startswith(prefix)
+        }
+
+    def classify(self, pooled: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """Return [sequence, class] by each device's own head."""
+        return torch.cat(
+            [
+                functional.linear(part, own["head.weight"], own.get("head.bias"))
+                for part, own in zip(pooled.split(list(counts)), self._blocks, strict=True)
+            ]
+        )
+
+
+NOTHING = Stack([{}], [1.0])
 
 
 class Backbone:
-    """A sequence classifier whose own weights never change, with a slot for every trainable tensor.
+    """A sequence classifier whose own weights never change; devices bring their blocks with them.
 
     Parameters
     ----------
     source : folder with a Hugging Face model (safetensors) or a hub name.
     family : "bert" or "llama", as the cost model names it.
     classes : number of labels.
-    ranks : every LoRA rank that can occur; 0 stands for none.
-    adapter_width : width of the bottleneck adapters.
-    lora_scale : alpha / r, the same for every rank.
     pooling : "model" or "mean", what the head sees.
+    max_tokens : longest sequence that will come.
+    dtype : "float32" or "bfloat16", of the frozen weights and of products with them.
+    device : where it computes; a GPU if there is one and nothing else is said.
     """
 
     def __init__(
@@ -45,172 +133,103 @@ class Backbone:
         *,
         family: str,
         classes: int,
-        ranks: Iterable[int],
-        adapter_width: int,
-        lora_scale: float,
         pooling: str,
+        max_tokens: int,
+        dtype: str = "float32",
+        device: torch.device | str | None = None,
     ) -> None:
         model = load_classifier(source, classes=classes)
-        self.pooling = pooling
         if pooling == "mean":
             pool_by_mean(model)
-        self.source, self.family, self.classes = source, family, classes
-        self.adapter_width, self.lora_scale = adapter_width, lora_scale
-        self.ranks = tuple(sorted({rank for rank in ranks if rank > 0}))
-        self._adapters = attach_adapters(model, adapter_width)
-        for rank in self.ranks:
-            # One slot a rank. peft's own layers do the arithmetic, so an exported device is exact.
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                inject_adapter_in_model(lora_config(family, rank, lora_scale), model, _slot(rank))
-        self.model = model.eval()  # no dropout: below the blocks, the output is a constant
-        self.model.requires_grad_(False)
-        self._owner, self._attribute = transformer_layers(model)
-        self._layers = list(getattr(self._owner, self._attribute))
-        self._loras: list[dict[str, LoraLayer]] = [
-            {
-                name.rsplit(".", 1)[-1]: module
-                for name, module in layer.named_modules()
-                if isinstance(module, LoraLayer)
-            }
-            for layer in self._layers
+        self.source, self.family, self.pooling = source, family, pooling
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = DTYPES[dtype]
+        model = model.eval().requires_grad_(False)  # no dropout: below the blocks all is constant
+        owner, attribute = transformer_layers(model)
+        model.to(self.device)
+        self.layers = [
+            LAYERS[family](layer, model.config, self.dtype) for layer in getattr(owner, attribute)
         ]
-        self._head: nn.Module = getattr(model, HEADS[family])
-        self._slots: dict[str, nn.Parameter] = {}
-        self._resumed: _Resumed | None = None
-
-    def twin(self) -> Backbone:
-        """Return another backbone with slots of its own; the frozen weights are shared."""
-        other = Backbone(
-            self.source,
-            family=self.family,
-            classes=self.classes,
-            ranks=self.ranks,
-            adapter_width=self.adapter_width,
-            lora_scale=self.lora_scale,
-            pooling=self.pooling,
-        )
-        own = dict(self.model.named_parameters())
-        for name, parameter in other.model.named_parameters():
-            if not (".lora_" in name or ".adapter." in name or name.startswith(HEADS[self.family])):
-                parameter.data = own[name].data
-        return other
+        setattr(owner, attribute, nn.ModuleList())  # their weights are held by self.layers now
+        self.ends = Ends(model, family, pooling, max_tokens=max_tokens)
+        self.hidden = int(model.config.hidden_size)
+        head: nn.Module = getattr(model, HEADS[family])
+        self.head_shapes = {name: tuple(value.shape) for name, value in head.named_parameters()}
+        self._changed: dict[int, tuple[Tensors, Any]] = {}
+        self._lock = threading.Lock()
 
     @property
     def layer_count(self) -> int:
-        return len(self._layers)
-
-    @property
-    def hidden(self) -> int:
-        return int(self.model.config.hidden_size)
-
-    @property
-    def head_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(value.shape) for name, value in self._head.named_parameters()}
+        return len(self.layers)
 
     def lora_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
         """Return (inputs, outputs) of every projection of a layer that carries a LoRA."""
+        columns = self.layers[layer].columns
         return {
-            name: (module.in_features, module.out_features)
-            for name, module in self._loras[layer].items()
+            name: (self.hidden, columns[name].stop - columns[name].start)
+            for name in LORA_TARGETS[self.family]
         }
 
-    def configure(
-        self, rank: int, present: Sequence[bool], trained: Sequence[bool], *, resume: bool
-    ) -> int:
-        """Show the blocks of the ``present`` layers, let those of the ``trained`` ones learn.
+    def embed(self, packed: Packed) -> Start:
+        """Return the start below all layers."""
+        return Start(layer=0, hidden=self.ends.embed(packed))
 
-        Returns the first layer that will run. With ``resume`` it is the first one that has blocks:
-        everything below is the base model, whose output :meth:`logits` then wants to be given.
-        """
-        self.model.requires_grad_(False)
-        self._slots = {f"head.{part}": value for part, value in self._head.named_parameters()}
-        for value in self._slots.values():
-            value.requires_grad_(True)
-        for layer, adapter in enumerate(self._adapters):
-            adapter.enabled = present[layer]
-            for module in self._loras[layer].values():
-                module.enable_adapters(present[layer] and rank > 0)
-            if not present[layer]:
-                continue
-            slots = {f"adapter.{layer}.{part}": value for part, value in adapter.named_parameters()}
-            if rank > 0:
-                for name, module in self._loras[layer].items():
-                    module.set_adapter(_slot(rank))
-                    slots[f"lora.{layer}.{name}.A"] = module.lora_A[_slot(rank)].weight
-                    slots[f"lora.{layer}.{name}.B"] = module.lora_B[_slot(rank)].weight
-            for value in slots.values():
-                value.requires_grad_(trained[layer])
-            self._slots |= slots
-        first = 0
-        if resume:
-            first = next((layer for layer, here in enumerate(present) if here), self.layer_count)
-        self._resumed = _Resumed(self._layers[first - 1]) if first else None
-        kept = (
-            self._layers[first:]
-            if self._resumed is None
-            else [self._resumed, *self._layers[first:]]
-        )
-        setattr(self._owner, self._attribute, nn.ModuleList(kept))
-        return first
+    def project(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return queries, keys and values of a layer by its frozen weights, side by side."""
+        own = self.layers[layer]
+        return own.project(own.enter(hidden))
 
-    def load(self, blocks: Tensors) -> None:
-        """Copy a device's tensors into the slots in use."""
-        with torch.no_grad():
-            for name, slot in self._slots.items():
-                slot.copy_(blocks[name])
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return the slots that learn, by name."""
-        return {name: slot for name, slot in self._slots.items() if slot.requires_grad}
-
-    def collect(self) -> Tensors:
-        """Return copies of the slots that learn."""
-        return {name: slot.detach().clone() for name, slot in self.trained().items()}
-
-    def logits(
-        self, ids: torch.Tensor, mask: torch.Tensor, hidden: torch.Tensor | None
+    def run(
+        self,
+        packed: Packed,
+        stack: Stack,
+        start: Start,
+        *,
+        stop: int | None = None,
+        completed: bool = False,
     ) -> torch.Tensor:
-        """Return [sequence, class] from token ids, and from ``hidden`` [sequence, token, hidden]
-        where layers were left out: the base model's output just below the first layer with blocks.
+        """Return the input of layer ``stop`` (none given: what leaves the last layer), [token, hidden].
+
+        With ``completed`` the pass goes on into layer ``stop``, up to where its adapter would act.
         """
-        if self._resumed is not None:
-            self._resumed.hidden = hidden
-        logits: torch.Tensor = self.model(input_ids=ids, attention_mask=mask).logits
-        return logits
+        stop = self.layer_count if stop is None else stop
+        around = self.ends.around(packed)
+        counts = packed.token_counts
+        x = start.hidden
+        for number in range(start.layer, stop + completed):
+            layer, known = self.layers[number], number == start.layer
+            if not (known and start.completed):
+                entered = layer.enter(x)
+                deltas = stack.deltas(number)
+                if known and start.projected is not None and not deltas:
+                    projected = start.projected
+                elif deltas:
+                    projected = self._projection(number, deltas)(entered)
+                else:
+                    projected = layer.project(entered)
+                parts = {name: projected[:, columns] for name, columns in layer.columns.items()}
+                for name in LORA_TARGETS[self.family]:
+                    parts[name] = stack.add_low_rank(number, name, entered, parts[name], counts)
+                x = layer.complete(x, parts, around)
+            if number < stop:
+                x = stack.adapt(number, x, counts)
+        return x
 
-    def base_outputs(self, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        """Return the output of every layer of the base model, each [sequence, token, hidden]."""
-        outputs: list[torch.Tensor] = []
-        nothing = [False] * self.layer_count
-        self.configure(0, nothing, nothing, resume=False)
+    def logits(self, packed: Packed, stack: Stack, start: Start) -> torch.Tensor:
+        """Return [sequence, class]."""
+        pooled = self.ends.pool(self.run(packed, stack, start), packed)
+        return stack.classify(pooled, packed.sequence_counts)
 
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            outputs.append(output[0] if isinstance(output, tuple) else output)
-
-        handles = [layer.register_forward_hook(keep) for layer in self._layers]
-        try:
-            with torch.inference_mode():
-                self.model(input_ids=ids, attention_mask=mask)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return outputs
-
-
-class _Resumed(nn.Module):
-    """Stands in for the layers below the first one with blocks: returns their known output."""
-
-    def __init__(self, replaced: nn.Module) -> None:
-        super().__init__()
-        self.hidden: torch.Tensor | None = None
-        if hasattr(replaced, "attention_type"):  # some families choose a layer's mask by it
-            self.attention_type = replaced.attention_type
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        if self.hidden is None:
-            raise ModelError("hidden states below the first layer with blocks were not given")
-        return self.hidden
+    def _projection(self, number: int, deltas: Tensors) -> Any:
+        """Return a layer's projection with ``deltas`` in its weights; the latest is kept."""
+        with self._lock:
+            known, project = self._changed.get(number, ({}, None))
+            same = known.keys() == deltas.keys() and all(known[n] is t for n, t in deltas.items())
+            if not same:
+                with torch.inference_mode(False):  # it may serve a backward pass later
+                    project = self.layers[number].change(deltas)
+                self._changed[number] = (deltas, project)
+            return project
 
 
 def lora_config(family: str, rank: int, lora_scale: float, **more: Any) -> LoraConfig:
@@ -257,7 +276,3 @@ def pad_token_id(source: str) -> int:
         if token is not None:
             return int(token)
     raise ModelError(f"the tokenizer of {source!r} must have a padding, unknown or end token")
-
-
-def _slot(rank: int) -> str:
-    return f"rank{rank}"

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from pwff_opt.rng import stream
+from pwff_opt.scenario import Peft
 
 Tensors = dict[str, torch.Tensor]
-"""Trainable tensors by name: ``adapter.{layer}.{part}``, ``lora.{layer}.{projection}.A|B``, ``head.{part}``.
+"""A device's tensors by name.
+
+``adapter.{layer}.{part}``, ``lora.{layer}.{projection}.A|B`` (the LoRA that decisions size),
+``common.{layer}.{projection}.A|B`` (the one of fixed rank beside it), ``head.{part}``; and, not trained
+but left behind by some aggregation rules, ``delta.{layer}.{projection}``, which is added to the
+frozen weight.
 
 Tensors are never written in place, so devices may share the very object of a tensor they agree on.
 """
@@ -50,30 +57,46 @@ def fresh_lora(
     *,
     seed: int,
     round: int,
-    device: int,
+    device: int | None,
+    kind: str = "lora",
 ) -> Tensors:
     """Return new LoRA factors of one layer (``projections``: name -> (inputs, outputs)).
 
-    A: [rank, inputs], uniform in +-1/sqrt(inputs) as peft draws it; B: [outputs, rank], zero.
+    A: [rank, inputs], uniform in +-1/sqrt(inputs) as peft draws it; B: [outputs, rank], zero. With
+    ``device`` None the draw is common to all devices, and that of a lower rank its first rows.
     """
-    rng = stream(seed, "lora-init", round=round, device=device, item=layer)
     blocks: Tensors = {}
-    for projection, (inputs, outputs) in sorted(projections.items()):
-        blocks[f"lora.{layer}.{projection}.A"] = _uniform(rng, (rank, inputs))
-        blocks[f"lora.{layer}.{projection}.B"] = torch.zeros(outputs, rank)
+    for item, (projection, (inputs, outputs)) in enumerate(sorted(projections.items())):
+        purpose = f"{kind}-init" if device is not None else f"{kind}-common-init"
+        place = layer * len(projections) + item
+        rng = stream(seed, purpose, round=round, device=device or 0, item=place)
+        blocks[f"{kind}.{layer}.{projection}.A"] = _uniform(rng, (rank, inputs))
+        blocks[f"{kind}.{layer}.{projection}.B"] = torch.zeros(outputs, rank)
     return blocks
 
 
+def lora_scale(peft: Peft, rank: int) -> float:
+    r"""Return what multiplies B A at a rank: :math:`s`, :math:`\alpha/r` or :math:`\alpha/\sqrt r`.
+
+    The last keeps activations and gradients of one size at any rank (rsLoRA, arXiv 2312.03732).
+    """
+    if peft.lora_scaling == "constant":
+        return peft.lora_scale
+    return peft.lora_alpha / (rank if peft.lora_scaling == "standard" else math.sqrt(rank))
+
+
 def resize_lora(
-    a: torch.Tensor, b: torch.Tensor, fresh_a: torch.Tensor
+    a: torch.Tensor, b: torch.Tensor, fresh_a: torch.Tensor, *, stretch: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return factors of the rank of ``fresh_a`` that keep what ``b @ a`` has learned.
 
-    Growing appends rows of ``fresh_a`` and zero columns: the function computed does not change,
-    because alpha / r is the same for every rank. Shrinking keeps the largest singular values of
-    ``b @ a``, the best approximation of that rank (Eckart and Young), split evenly between factors.
+    ``stretch``: the scale of the old rank over that of the new one, which goes into ``b``. Growing
+    appends rows of ``fresh_a`` and zero columns: the function computed does not change. Shrinking
+    keeps the largest singular values of ``b @ a``, the best approximation of that rank (Eckart and
+    Young), split evenly between factors.
     """
     old, new = a.shape[0], fresh_a.shape[0]
+    b = b if stretch == 1.0 else b * stretch
     if new >= old:
         return (
             torch.cat([a, fresh_a[old:]]),

@@ -1,17 +1,20 @@
-"""The state after a round, as one safetensors file: every device's blocks, and how they came about."""
+"""The state after a round, as one safetensors file: blocks of all devices, server, how they came about."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pwff_opt.evaluation import TrainedRound
 from pwff_opt.federated.blocks import Tensors
+from pwff_opt.federated.exchange import State
 from pwff_opt.records import write_atomically
 
 
@@ -19,46 +22,69 @@ def checkpoint_path(folder: Path, key: str) -> Path:
     return folder / f"{key}.safetensors"
 
 
-def save_checkpoint(path: Path, states: Sequence[Tensors], rounds: Sequence[TrainedRound]) -> None:
-    """Write the state of all devices and the learning curve so far.
+def save_checkpoint(path: Path, state: State, rounds: Sequence[TrainedRound]) -> None:
+    """Write the state and the learning curve so far.
 
     A tensor that all devices share (the very same object) is stored once, as ``shared/NAME``; the
-    others as ``device{k}/NAME``.
+    others as ``device{k}/NAME``; what the server has sent to all as ``sent/NAME``, its moments as
+    ``server/NAME`` and what the device's uploads
+    owe as ``owed{k}/NAME``.
     """
     tensors: Tensors = {}
-    for device, state in enumerate(states):
-        for name, tensor in state.items():
-            common = all(name in other and other[name] is tensor for other in states)
+    for device, own in enumerate(state.devices):
+        for name, tensor in own.items():
+            common = all(name in other and other[name] is tensor for other in state.devices)
             tensors[f"shared/{name}" if common else f"device{device}/{name}"] = tensor.contiguous()
+    tensors |= {f"sent/{name}": tensor.clone() for name, tensor in state.sent.items()}
+    tensors |= {f"server/{name}": tensor for name, tensor in state.moments.items()}
+    for device, owed in enumerate(state.residuals):
+        tensors |= {f"owed{device}/{name}": tensor for name, tensor in owed.items()}
     metadata = {
-        "devices": str(len(states)),
-        "rounds": json.dumps([asdict(entry) for entry in rounds]),
+        "devices": str(len(state.devices)),
+        "rounds": json.dumps([_to_json(entry) for entry in rounds]),
     }
     write_atomically(path, lambda target: save_file(tensors, target, metadata=metadata))
 
 
-def load_checkpoint(path: Path) -> tuple[list[Tensors], list[TrainedRound]] | None:
+def load_checkpoint(path: Path) -> tuple[State, list[TrainedRound]] | None:
     """Return what :func:`save_checkpoint` wrote; None if there is no file, or none that can be read."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            states: list[Tensors] = [{} for _ in range(int(metadata["devices"]))]
+            count = int(metadata["devices"])
+            devices: list[Tensors] = [{} for _ in range(count)]
+            owed: list[Tensors] = [{} for _ in range(count)]
+            sent: Tensors = {}
+            moments: Tensors = {}
             for key in file.keys():  # noqa: SIM118  (not a mapping)
                 holder, name = key.split("/", 1)
                 tensor = file.get_tensor(key)
                 if holder == "shared":
-                    for state in states:
-                        state[name] = tensor
+                    for own in devices:
+                        own[name] = tensor
+                elif holder == "sent":
+                    sent[name] = tensor
+                elif holder == "server":
+                    moments[name] = tensor
+                elif holder.startswith("owed"):
+                    owed[int(holder.removeprefix("owed"))][name] = tensor
                 else:
-                    states[int(holder.removeprefix("device"))][name] = tensor
-            rounds = [
-                TrainedRound(
-                    loss=tuple(entry["loss"]),
-                    accuracy=tuple(entry["accuracy"]),
-                    uplink_bit=entry["uplink_bit"],
-                )
-                for entry in json.loads(metadata["rounds"])
-            ]
-    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+                    devices[int(holder.removeprefix("device"))][name] = tensor
+            rounds = [_from_json(entry) for entry in json.loads(metadata["rounds"])]
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError, IndexError, TypeError):
         return None
-    return states, rounds
+    return State(devices=tuple(devices), sent=sent, moments=moments, residuals=tuple(owed)), rounds
+
+
+def _to_json(entry: TrainedRound) -> dict[str, Any]:
+    loss = [None if math.isnan(value) else value for value in entry.loss]
+    return asdict(entry) | {"loss": loss}
+
+
+def _from_json(entry: dict[str, Any]) -> TrainedRound:
+    return TrainedRound(
+        loss=tuple(math.nan if value is None else value for value in entry["loss"]),
+        accuracy=tuple(entry["accuracy"]),
+        uplink_bit=tuple(entry["uplink_bit"]),
+        diverged=tuple(entry["diverged"]),
+    )

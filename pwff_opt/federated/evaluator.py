@@ -16,14 +16,13 @@ from pwff_opt.decision import Schedule
 from pwff_opt.errors import DataError, PwffError
 from pwff_opt.evaluation import Evaluation, TrainedRound, learning_key
 from pwff_opt.federated.backbone import Backbone, pad_token_id
-from pwff_opt.federated.blocks import Tensors
 from pwff_opt.federated.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from pwff_opt.federated.data import load_corpus
+from pwff_opt.federated.exchange import State
 from pwff_opt.federated.export import save_device_model
 from pwff_opt.federated.partition import Shard, partition
-from pwff_opt.federated.tokens import Inputs, tokenise
+from pwff_opt.federated.tokens import tokenise
 from pwff_opt.federated.trainer import Trainer
-from pwff_opt.federated.workers import Workers, cores
 from pwff_opt.models import model_config, model_source
 from pwff_opt.scenario import Scenario
 
@@ -106,38 +105,19 @@ class FederatedEvaluator:
             self.source,
             family=architecture.family,
             classes=len(corpus.class_names),
-            ranks=scenario.decisions.ranks,
-            adapter_width=scenario.peft.adapter_width,
-            lora_scale=scenario.peft.lora_scale,
             pooling=scenario.model.pooling,
+            max_tokens=scenario.model.max_tokens,
+            dtype=scenario.training.base_dtype,
         )
-        self._worker_count = min(workers or cores(), devices)
+        self.trainer = Trainer(
+            scenario, self.backbone, self.tokens, labels, self.shards, workers=workers
+        )
         self.labels = labels
         self.summary = _summary(corpus.class_names, corpus.domain_names, labels, self.shards)
-        self._trainer: Trainer | None = None
 
     @property
     def workload(self) -> Workload:
         return self._workload
-
-    @property
-    def trainer(self) -> Trainer:
-        """The trainer; the base model's outputs are computed when it is first needed."""
-        if self._trainer is None:
-            workers = Workers(self.backbone, self._worker_count)
-            inputs = Inputs(
-                self.tokens, workers, budget_byte=self.scenario.training.feature_cache_byte
-            )
-            self._trainer = Trainer(
-                workers,
-                inputs,
-                self.labels,
-                self.shards,
-                peft=self.scenario.peft,
-                training=self.scenario.training,
-                seed=self.scenario.seeds.training,
-            )
-        return self._trainer
 
     def train(self, schedule: Schedule) -> Evaluation:
         start = time.perf_counter()
@@ -158,45 +138,44 @@ class FederatedEvaluator:
         )
 
     def test(self, schedule: Schedule) -> tuple[float, ...]:
-        states, _ = self._trained(schedule)
-        last, present = schedule.rounds[-1], schedule.present[-1]
-        return tuple(self.trainer.accuracy(states, last, present, "test"))
+        state, _ = self._trained(schedule)
+        return tuple(self.trainer.accuracy(state, schedule.rounds[-1], "test"))
 
     def save_device(self, schedule: Schedule, device: int, folder: str | Path) -> None:
         """Write one device's model after a schedule; see :mod:`pwff_opt.federated.export`."""
         if not 0 <= device < len(self.shards):
             raise DataError(f"device must be in 0..{len(self.shards) - 1}, got {device}")
-        states, _ = self._trained(schedule)
+        state, _ = self._trained(schedule)
         save_device_model(
             Path(folder),
-            states[device],
+            state.devices[device],
             source=self.source,
             family=self.backbone.family,
             pooling=self.backbone.pooling,
             class_names=self.class_names,
-            lora_scale=self.scenario.peft.lora_scale,
+            peft=self.scenario.peft,
         )
 
-    def _trained(self, schedule: Schedule) -> tuple[list[Tensors], list[TrainedRound]]:
+    def _trained(self, schedule: Schedule) -> tuple[State, list[TrainedRound]]:
         """Return state and learning curve after a schedule, training what no checkpoint holds."""
         paths = [
             checkpoint_path(self._folder, learning_key(self.scenario, schedule.prefix(n + 1)))
             for n in range(len(schedule))
         ]
-        states = self.trainer.initial()
+        state = self.trainer.initial()
         rounds: list[TrainedRound] = []
         for done in range(len(schedule), 0, -1):
             loaded = load_checkpoint(paths[done - 1])
             if loaded is not None and len(loaded[1]) == done:
-                states, rounds = loaded
+                state, rounds = loaded
                 break
         for number in range(len(rounds), len(schedule)):
-            states, entry = self.trainer.round(
-                states, number, schedule.rounds[number], schedule.present[number], done=self._count
+            state, entry = self.trainer.round(
+                state, number, schedule.rounds[number], schedule.present[number], done=self._count
             )
             rounds.append(entry)
-            save_checkpoint(paths[number], states, rounds)
-        return states, rounds
+            save_checkpoint(paths[number], state, rounds)
+        return state, rounds
 
     def _count(self) -> None:
         self.device_rounds += 1

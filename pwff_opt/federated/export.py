@@ -15,8 +15,10 @@ from torch import nn
 
 from pwff_opt.errors import ModelError
 from pwff_opt.federated.adapters import attach_adapters, pool_by_mean
-from pwff_opt.federated.backbone import HEADS, load_classifier, lora_config
-from pwff_opt.federated.blocks import Tensors
+from pwff_opt.federated.backbone import load_classifier, lora_config
+from pwff_opt.federated.blocks import Tensors, lora_scale
+from pwff_opt.federated.families import HEADS
+from pwff_opt.scenario import Peft
 
 ADAPTER_WEIGHTS = "bottleneck_adapters.safetensors"
 ADAPTER_CONFIG = "bottleneck_adapters.json"
@@ -30,7 +32,7 @@ def save_device_model(
     family: str,
     pooling: str,
     class_names: Sequence[str],
-    lora_scale: float,
+    peft: Peft,
 ) -> None:
     """Write one device's blocks: LoRA and head as a peft adapter, bottleneck adapters beside it.
 
@@ -38,19 +40,21 @@ def save_device_model(
     has a rank-1 LoRA of zeros there, so that the head still travels peft's way.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lora_layers = sorted({int(name.split(".")[1]) for name in blocks if name.startswith("lora.")})
-    rank = next(
-        (t.shape[0] for n, t in blocks.items() if n.startswith("lora.") and n.endswith("A")), 1
-    )
+    factors = _factors(blocks, peft)
+    ranks = {name: len(a) for name, (a, _) in factors.items()}
+    rank = max(ranks.values(), default=1)
+    others = {_pattern(name): r for name, r in ranks.items() if r != rank}
     model = load_classifier(source, classes=len(class_names))
     head = HEADS[family]
     config = lora_config(
         family,
         rank,
-        lora_scale,
+        1.0,  # the scale is in B
         task_type=TaskType.SEQ_CLS,
         modules_to_save=[head],
-        layers_to_transform=lora_layers or [0],
+        layers_to_transform=sorted({int(name.split(".")[0]) for name in ranks}) or [0],
+        rank_pattern=others,
+        alpha_pattern=others,
     )
     peft_model = get_peft_model(model, config)
     named = dict(peft_model.named_parameters())
@@ -58,16 +62,14 @@ def save_device_model(
         for name, parameter in named.items():
             if ".lora_A." in name or ".lora_B." in name:
                 parameter.zero_()
+        for name, pair in factors.items():
+            for factor, tensor in zip("AB", pair, strict=True):
+                target = rf"{_pattern(name)}\.lora_{factor}\.default\.weight"
+                _only(named, target).copy_(tensor)
         for name, tensor in blocks.items():
-            kind, *rest = name.split(".")
-            if kind == "head":
-                target = rf"\.{head}\.modules_to_save\.default\.{rest[0]}"
-            elif kind == "lora":
-                layer, projection, factor = rest
-                target = rf"\.{layer}\..*\.{projection}\.lora_{factor}\.default\.weight"
-            else:
-                continue
-            _only(named, target).copy_(tensor)
+            if name.startswith("head."):
+                target = rf"\.{head}\.modules_to_save\.default\.{name.split('.')[1]}"
+                _only(named, target).copy_(tensor)
     peft_model.save_pretrained(folder)
     adapters = {
         name: tensor.contiguous() for name, tensor in blocks.items() if name.startswith("adapter.")
@@ -87,6 +89,35 @@ def save_device_model(
         indent=2,
     )
     (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _pattern(name: str) -> str:
+    """Return what the module of ``{layer}.{projection}`` is called, as a regular expression."""
+    layer, projection = name.split(".")
+    return rf".*\.{layer}\..*\.{projection}"
+
+
+def _factors(blocks: Tensors, peft: Peft) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return all that is added to projections, as factors of scale 1 by ``{layer}.{projection}``.
+
+    LoRA, common LoRA and what aggregation left behind are one LoRA of the sum of their ranks.
+    """
+    parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name, tensor in sorted(blocks.items()):
+        kind, layer, projection, *factor = [*name.split("."), ""]
+        if kind == "delta":
+            m, n = tensor.shape
+            pair = (torch.eye(n), tensor) if n <= m else (tensor, torch.eye(m))
+        elif kind in ("lora", "common") and factor[0] == "A":
+            b = blocks[f"{name[:-1]}B"]
+            pair = (tensor, b * lora_scale(peft, len(tensor)))
+        else:
+            continue
+        parts.setdefault(f"{layer}.{projection}", []).append(pair)
+    return {
+        name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))
+        for name, pairs in parts.items()
+    }
 
 
 def load_device_model(folder: Path) -> PeftModel:

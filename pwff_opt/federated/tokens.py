@@ -1,8 +1,7 @@
-"""Token sequences of different lengths, kept end to end, and the base model's output for them."""
+"""Token sequences of different lengths, end to end: in the corpus, and in a batch of several devices."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,28 +10,31 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pwff_opt.federated.backbone import Backbone
-from pwff_opt.federated.workers import Workers
+Indices = NDArray[np.int64]
 
-logger = logging.getLogger(__name__)
-
-EVALUATION_TOKENS = 4096  # a batch without gradients: large enough to fill the arithmetic units
+EVALUATION_TOKENS = 2048  # a batch without gradients: enough to fill the arithmetic units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokens:
     """Sequences of token ids end to end: sequence i is ``ids[offsets[i]:offsets[i + 1]]``."""
 
-    ids: NDArray[np.int64]
-    offsets: NDArray[np.int64]
+    ids: Indices
+    offsets: Indices
     pad_id: int
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> Indices:
         return np.diff(self.offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def rows(self, indices: Indices) -> Indices:
+        """Return where the tokens of some sequences are in ``ids``, end to end."""
+        lengths = self.lengths[indices]
+        starts = np.repeat(self.offsets[indices] - np.cumsum(lengths) + lengths, lengths)
+        return starts + np.arange(lengths.sum())
 
 
 def tokenise(texts: Sequence[str], tokenizer: Any, *, max_tokens: int, pad_id: int) -> Tokens:
@@ -46,7 +48,7 @@ def tokenise(texts: Sequence[str], tokenizer: Any, *, max_tokens: int, pad_id: i
     )
 
 
-def by_length(tokens: Tokens, indices: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+def by_length(tokens: Tokens, indices: Indices) -> Iterator[Indices]:
     """Yield the indices in batches of like length, each of at most EVALUATION_TOKENS when padded."""
     order = indices[np.argsort(tokens.lengths[indices], kind="stable")]
     start = 0
@@ -61,53 +63,111 @@ def by_length(tokens: Tokens, indices: NDArray[np.int64]) -> Iterator[NDArray[np
         start = stop
 
 
-class Inputs:
-    """What the model is fed: padded ids and mask, and cached outputs of the base model's layers.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Packed:
+    """A batch: the sequences of one or more devices end to end, without padding.
 
-    The outputs of all layers for all sequences are computed in one pass, if they fit
-    ``budget_byte``; where they do not (``cached`` is False), every layer runs every time.
+    Products with weights, norms and activations work on tokens, [token, ...], and waste nothing on
+    padding; only attention, a few percent of the arithmetic at these lengths, is padded to ``width``.
     """
 
-    def __init__(self, tokens: Tokens, workers: Workers, *, budget_byte: float) -> None:
-        self.tokens = tokens
-        self._hidden: list[torch.Tensor] = []
-        backbone = workers.first
-        need = float(tokens.offsets[-1]) * backbone.hidden * 4 * backbone.layer_count
-        self.cached = need <= budget_byte
-        if self.cached:
-            self._fill(workers)
-        else:
-            logger.warning(
-                "base-model outputs need %.1f GB, more than the %.1f GB allowed: not cached",
-                need / 1e9,
-                budget_byte / 1e9,
-            )
+    ids: torch.Tensor
+    """[token]"""
+    positions: torch.Tensor
+    """[token]: of a token in its sequence."""
+    lengths: torch.Tensor
+    """[sequence]"""
+    width: int
+    """Length of the longest sequence."""
+    places: torch.Tensor | None
+    """[token]: row of a token among [sequence x width] padded ones; None if all are equally long."""
+    inside: torch.Tensor | None
+    """[sequence, width]: whether there is a token; None if all are equally long."""
+    token_counts: tuple[int, ...]
+    """Tokens of every device, in order."""
+    sequence_counts: tuple[int, ...]
 
-    def batch(
-        self, indices: NDArray[np.int64], first_layer: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return ids, mask [sequence, token] and the hidden states below ``first_layer``."""
-        lengths = self.tokens.lengths[indices]
+    @classmethod
+    def of(
+        cls, tokens: Tokens, batches: Sequence[Indices], *, device: torch.device | str = "cpu"
+    ) -> Packed:
+        """Pack one batch of sequences (indices into ``tokens``) for each device."""
+        indices = np.concatenate(batches)
+        lengths = tokens.lengths[indices]
         width = int(lengths.max())
-        inside = np.arange(width) < lengths[:, None]
-        flat = np.where(inside, self.tokens.offsets[indices, None] + np.arange(width), 0)
-        ids = torch.from_numpy(np.where(inside, self.tokens.ids[flat], self.tokens.pad_id))
-        mask = torch.from_numpy(inside.astype(np.int64))
-        if first_layer == 0:
-            return ids, mask, None
-        # Padded positions hold the first token's state: masked keys, never read as queries.
-        return ids, mask, self._hidden[first_layer - 1][torch.from_numpy(flat)]
+        rows = tokens.rows(indices)
+        positions = rows - np.repeat(tokens.offsets[indices], lengths)
+        places = inside = None
+        if (lengths != width).any():
+            sequence = np.repeat(np.arange(len(indices)), lengths)
+            places = torch.from_numpy(sequence * width + positions).to(device)
+            inside = torch.from_numpy(np.arange(width) < lengths[:, None]).to(device)
+        return cls(
+            ids=torch.from_numpy(tokens.ids[rows]).to(device),
+            positions=torch.from_numpy(positions).to(device),
+            lengths=torch.from_numpy(lengths).to(device),
+            width=width,
+            places=places,
+            inside=inside,
+            token_counts=tuple(int(tokens.lengths[batch].sum()) for batch in batches),
+            sequence_counts=tuple(len(batch) for batch in batches),
+        )
 
-    def _fill(self, workers: Workers) -> None:
-        total, backbone = int(self.tokens.offsets[-1]), workers.first
-        self._hidden = [torch.empty(total, backbone.hidden) for _ in range(backbone.layer_count)]
+    @property
+    def sequences(self) -> int:
+        return len(self.lengths)
 
-        def fill(worker: Backbone, indices: NDArray[np.int64]) -> None:
-            ids, mask, _ = self.batch(indices, 0)
-            starts, stops = self.tokens.offsets[indices], self.tokens.offsets[indices + 1]
-            rows = np.concatenate([np.arange(*ends) for ends in zip(starts, stops, strict=True)])
-            outputs = worker.base_outputs(ids, mask)
-            for store, output in zip(self._hidden, outputs, strict=True):
-                store[torch.from_numpy(rows)] = output[mask.bool()]
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [sequence, width, ...] from [token, ...], zero where there is no token."""
+        if self.places is not None:
+            x = _Scatter.apply(x, self.places, self.sequences * self.width)  # type: ignore[no-untyped-call]
+        return x.reshape(self.sequences, self.width, *x.shape[1:])
 
-        workers.map(fill, list(by_length(self.tokens, np.arange(len(self.tokens)))))
+    def unpad(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [token, ...] from [sequence, width, ...]."""
+        x = x.flatten(0, 1)
+        if self.places is None:
+            return x
+        gathered: torch.Tensor = _Gather.apply(x, self.places)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the mean over the tokens of every sequence, [sequence, ...]."""
+        return self.pad(x).sum(1) / self.lengths[:, None]
+
+    def first(self, x: torch.Tensor) -> torch.Tensor:
+        """Return every sequence's first token, [sequence, ...]."""
+        return x[self.lengths.cumsum(0) - self.lengths]
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        """Return every sequence's last token, [sequence, ...]."""
+        return x[self.lengths.cumsum(0) - 1]
+
+
+class _Scatter(torch.autograd.Function):
+    """Rows to their places among zeros.  No row is another's stand-in: a NaN stays where it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, places, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0].index_select(0, *ctx.saved_tensors), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The reverse; places are distinct, so its gradient needs no sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.rows = len(x)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grads[0]
+        (places,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, places, grad), None

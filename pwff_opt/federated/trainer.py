@@ -1,4 +1,4 @@
-"""Federated rounds: local steps on every device, then partial aggregation."""
+"""Federated rounds: local steps on every device, then aggregation."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ from numpy.typing import NDArray
 from pwff_opt.decision import RoundDecision
 from pwff_opt.errors import DecisionError, TrainingError
 from pwff_opt.evaluation import TrainedRound
-from pwff_opt.federated.aggregation import average, uploaded_names
-from pwff_opt.federated.backbone import Backbone
+from pwff_opt.federated.backbone import Backbone, Stack
 from pwff_opt.federated.blocks import (
     Tensors,
     fresh_adapter,
     fresh_head,
     fresh_lora,
-    layer_of,
+    lora_scale,
     resize_lora,
 )
+from pwff_opt.federated.cohort import Cohort
+from pwff_opt.federated.exchange import Exchange, State
+from pwff_opt.federated.features import Features, Level
 from pwff_opt.federated.partition import Shard
-from pwff_opt.federated.tokens import Inputs, by_length
+from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
 from pwff_opt.federated.workers import Workers
+from pwff_opt.participation import participants
 from pwff_opt.rng import stream
-from pwff_opt.scenario import Peft, Training
-from pwff_opt.units import BITS_PER_BYTE
+from pwff_opt.scenario import Scenario
 
 Split = Literal["train", "validation", "test"]
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+# Tokens of a step that devices are put together for: enough that the products are efficient and what
+# Python does between them is little, and few, so that there are cohorts for all cores.
+COHORT_TOKENS = 256
 
 
 class Trainer:
@@ -39,132 +44,221 @@ class Trainer:
 
     Everything random is keyed by (training seed, purpose, round, device), so the state after a round
     depends on the decisions up to that round and on nothing else.
+
+    Parameters
+    ----------
+    scenario
+    backbone, tokens, labels, shards : the model; the devices' data and who holds them.
+    workers : devices trained side by side; it changes speed, never results.
     """
 
     def __init__(
         self,
-        workers: Workers,
-        inputs: Inputs,
+        scenario: Scenario,
+        backbone: Backbone,
+        tokens: Tokens,
         labels: NDArray[np.int64],
         shards: Sequence[Shard],
         *,
-        peft: Peft,
-        training: Training,
-        seed: int,
+        workers: int | None = None,
     ) -> None:
-        self.workers, self.inputs, self.shards = workers, inputs, shards
+        self.scenario, self.backbone, self.tokens, self.shards = scenario, backbone, tokens, shards
         self.labels = torch.from_numpy(labels)
-        self.peft, self.training, self.seed = peft, training, seed
+        self._peft, self._seed = scenario.peft, scenario.seeds.training
+        self._workers = Workers(workers)
+        owner = np.zeros(len(tokens), dtype=np.int64)
+        for device, shard in enumerate(shards):
+            for part in (shard.train, shard.validation, shard.test):
+                owner[part] = device
+        self.features = Features(
+            backbone, tokens, owner, budget_byte=scenario.training.feature_cache_byte
+        )
+        width = self._peft.adapter_width
         self._adapters = [
-            fresh_adapter(layer, hidden=self._model.hidden, width=peft.adapter_width, seed=seed)
-            for layer in range(self._model.layer_count)
+            fresh_adapter(layer, hidden=backbone.hidden, width=width, seed=self._seed)
+            if width
+            else {}
+            for layer in range(backbone.layer_count)
         ]
+        tokens_of_a_batch = scenario.training.batch_size * float(
+            np.mean(tokens.lengths[np.concatenate([shard.train for shard in shards])])
+        )
+        self._cohort_size = max(1, round(COHORT_TOKENS / tokens_of_a_batch))
+        rank = self._peft.common_lora_rank
+        self._common_scale = lora_scale(self._peft, rank) if rank else 1.0
 
-    @property
-    def _model(self) -> Backbone:
-        return self.workers.first
-
-    def initial(self) -> list[Tensors]:
-        """Return every device's blocks before the first round: a common head, nothing else."""
-        head = fresh_head(self._model.head_shapes, seed=self.seed)
-        return [dict(head) for _ in self.shards]
+    def initial(self) -> State:
+        """Return the state before the first round: a common head on every device, nothing else."""
+        head = fresh_head(self.backbone.head_shapes, seed=self._seed)
+        sent = head if self._peft.head == "shared" else {}
+        return State(devices=tuple(dict(head) for _ in self.shards), sent=dict(sent))
 
     def round(
         self,
-        states: Sequence[Tensors],
+        state: State,
         number: int,
         decision: RoundDecision,
         present: Sequence[bool],
         *,
         done: Callable[[], None] = lambda: None,
-    ) -> tuple[list[Tensors], TrainedRound]:
-        """Carry out round ``number``; return the devices' new blocks and what the round gave.
+    ) -> tuple[State, TrainedRound]:
+        """Carry out round ``number``; return the new state and what the round gave.
 
-        ``states`` is left as it is. ``done`` is called after each device's local steps.
+        ``state`` is left as it is. ``done`` is called after each device's local steps.
+
+        Raises
+        ------
+        DecisionError
+            Ranks, layers or blocks do not fit this trainer.
+        TrainingError
+            All devices diverged.
         """
-        if len(decision.ranks) != len(self.shards) or len(present) != self._model.layer_count:
-            raise DecisionError(
-                f"{decision} must have {len(self.shards)} ranks and {self._model.layer_count} layers"
-            )
-        for device, rank in enumerate(decision.ranks):
-            if rank not in (0, *self._model.ranks):
-                raise DecisionError(
-                    f"rank of device {device} must be one of decisions.ranks "
-                    f"({', '.join(map(str, self._model.ranks))}) or 0, got {rank}"
-                )
+        self._check(decision, present)
+        exchange = Exchange(self.scenario, number, decision)
+        before = [
+            self._prepared(own, rank, present, number, device)
+            for device, (own, rank) in enumerate(zip(state.devices, decision.ranks, strict=True))
+        ]
+        taking_part = [k for k, here in enumerate(participants(self.scenario, number)) if here]
+        size = self._cohort_size
+        cohorts = [taking_part[n : n + size] for n in range(0, len(taking_part), size)]
 
-        def train(backbone: Backbone, device: int) -> tuple[Tensors, float]:
-            rank = decision.ranks[device]
-            blocks = self._prepared(states[device], rank, present, number, device)
-            first = backbone.configure(rank, present, decision.trained, resume=self.inputs.cached)
-            backbone.load(blocks)
-            loss = self._local_steps(backbone, first, number, device)
-            return blocks | backbone.collect(), loss
+        def train(devices: Sequence[int]) -> list[tuple[float, Tensors]]:
+            return self._local_steps(devices, before, decision, exchange, number)
 
-        trained = self.workers.map(train, range(len(states)), done=done)
-        after = [blocks for blocks, _ in trained]
-        marks = self.training.validate_after
-        names = uploaded_names(after[0], decision.states, head_shared=self.peft.head == "shared")
-        dtype = DTYPES[self.peft.upload_dtype]
-        uploads = [{name: blocks[name].to(dtype) for name in names} for blocks in after]
-        weights = [float(len(shard.train)) for shard in self.shards]
-        # The broadcast has the precision of the upload; every device then holds the same object.
-        shared = {name: mean.to(dtype).float() for name, mean in average(uploads, weights).items()}
-        after = [blocks | shared for blocks in after]
-        for device, blocks in enumerate(after):
-            for name, tensor in blocks.items():
-                if not torch.isfinite(tensor).all():
-                    raise TrainingError(
-                        f"device {device}, round {number}: {name} must stay finite; lower "
-                        f"training.learning_rate, or upload float32"
-                    )
-        report = TrainedRound(
-            loss=tuple(loss for _, loss in trained),
-            accuracy=tuple(self.accuracy(after, decision, present, "validation"))
-            if not marks or number + 1 in marks
-            else (),
-            uplink_bit=BITS_PER_BYTE
-            * sum(t.numel() * t.element_size() for t in uploads[0].values()),
+        def count(devices: Sequence[int]) -> None:
+            for _ in devices:
+                done()
+
+        results = self._workers.map(train, cohorts, done=count)
+        trained = dict(
+            zip(taking_part, (item for cohort in results for item in cohort), strict=True)
         )
-        return after, report
-
-    def accuracy(
-        self,
-        states: Sequence[Tensors],
-        decision: RoundDecision,
-        present: Sequence[bool],
-        split: Split,
-    ) -> list[float]:
-        """Return the accuracy of every device's model on its own part of the data."""
-
-        def evaluate(backbone: Backbone, device: int) -> float:
-            indices = getattr(self.shards[device], split)
-            frozen = [False] * len(present)
-            first = backbone.configure(
-                decision.ranks[device], present, frozen, resume=self.inputs.cached
+        finite = {k: _is_finite(loss, learned) for k, (loss, learned) in trained.items()}
+        if not any(finite.values()):
+            raise TrainingError(
+                f"round {number}: the losses of all devices must not diverge; lower "
+                f"training.learning_rate ({self.scenario.training.learning_rate:g})"
             )
-            backbone.load(states[device])
+        after = [
+            own | trained[k][1] if finite.get(k, False) else own for k, own in enumerate(before)
+        ]
+        new, uplink_bit = exchange.merge(
+            before,
+            after,
+            [finite.get(k, False) for k in range(len(before))],
+            len(taking_part),
+            [float(len(shard.train)) for shard in self.shards],
+            state,
+            fresh=lambda device, layer, projection: self._fresh_a(
+                decision.ranks[device], layer, projection, number + 1, device
+            ),
+        )
+        marks = self.scenario.training.validate_after
+        validated = not marks or number + 1 in marks
+        report = TrainedRound(
+            loss=tuple(
+                trained[k][0] if finite.get(k, False) else math.nan for k in range(len(before))
+            ),
+            accuracy=tuple(self.accuracy(new, decision, "validation")) if validated else (),
+            uplink_bit=uplink_bit,
+            diverged=tuple(k for k, good in finite.items() if not good),
+        )
+        return new, report
+
+    def accuracy(self, state: State, decision: RoundDecision, split: Split) -> list[float]:
+        """Return the accuracy of every device's model on its own part of the data."""
+        level = self._level(decision)
+
+        def evaluate(device: int) -> float:
+            own, indices = state.devices[device], getattr(self.shards[device], split)
+            scale = self._scale(decision.ranks[device])
+            stack = Stack([self._moved(own)], [scale], common_scale=self._common_scale)
             right = 0
             with torch.inference_mode():
-                for batch in by_length(self.inputs.tokens, indices):
-                    logits = backbone.logits(*self.inputs.batch(batch, first))
+                for batch in by_length(self.tokens, indices):
+                    packed = Packed.of(self.tokens, [batch], device=self.backbone.device)
+                    start = self.features.start(
+                        level, [device], [batch], [own], [scale], self._common_scale
+                    )
+                    logits = self.backbone.logits(packed, stack, start).cpu()
                     right += int((logits.argmax(-1) == self.labels[batch]).sum())
             return right / len(indices)
 
-        return self.workers.map(evaluate, range(len(states)))
+        return self._workers.map(evaluate, range(len(self.shards)))
 
-    def batches(self, number: int, device: int) -> list[NDArray[np.int64]]:
+    def batches(self, number: int, device: int) -> list[Indices]:
         """Return the mini-batches of one device in one round.
 
         A draw of local_steps x batch_size examples without replacement, cut into batches of like
-        length (so little is padded) that come in random order.
+        length; all devices take theirs in one and the same random order, so that batches of like
+        length meet and little is padded.
         """
-        rng = stream(self.seed, "batches", round=number, device=device)
-        steps, size = self.training.local_steps, self.training.batch_size
+        steps, size = self.scenario.training.local_steps, self.scenario.training.batch_size
+        rng = stream(self._seed, "batches", round=number, device=device)
         drawn = rng.choice(self.shards[device].train, steps * size, replace=False)
-        drawn = drawn[np.argsort(self.inputs.tokens.lengths[drawn], kind="stable")]
+        drawn = drawn[np.argsort(self.tokens.lengths[drawn], kind="stable")]
         batches = np.split(drawn, steps)
-        return [batches[i] for i in rng.permutation(steps)]
+        order = stream(self._seed, "batch-order", round=number).permutation(steps)
+        return [batches[i] for i in order]
+
+    def _check(self, decision: RoundDecision, present: Sequence[bool]) -> None:
+        if len(decision.ranks) != len(self.shards) or len(present) != self.backbone.layer_count:
+            raise DecisionError(
+                f"{decision} must have {len(self.shards)} ranks and {self.backbone.layer_count} layers"
+            )
+        allowed = [rank for rank in self.scenario.decisions.ranks if rank]
+        for device, rank in enumerate(decision.ranks):
+            if rank not in (0, *allowed):
+                raise DecisionError(
+                    f"rank of device {device} must be one of decisions.ranks "
+                    f"({', '.join(map(str, allowed))}) or 0, got {rank}"
+                )
+
+    def _level(self, decision: RoundDecision) -> Level:
+        """Return up to where nothing is trained in a round."""
+        trained = decision.trained
+        lowest = trained.index(True) if any(trained) else len(trained)
+        low_rank = any(decision.ranks) or self._peft.common_lora_rank
+        return Level(lowest, completed=lowest < len(trained) and not low_rank)
+
+    def _scale(self, rank: int) -> float:
+        return lora_scale(self._peft, rank) if rank else 1.0
+
+    def _moved(self, blocks: Tensors) -> Tensors:
+        return {name: tensor.to(self.backbone.device) for name, tensor in blocks.items()}
+
+    def _local_steps(
+        self,
+        devices: Sequence[int],
+        before: Sequence[Tensors],
+        decision: RoundDecision,
+        exchange: Exchange,
+        number: int,
+    ) -> list[tuple[float, Tensors]]:
+        """Train a cohort; return every device's mean loss and what it has learned."""
+        blocks = [before[k] for k in devices]
+        scales = [self._scale(decision.ranks[k]) for k in devices]
+        cohort = Cohort(
+            self.backbone,
+            self.tokens,
+            self.labels,
+            blocks,
+            scales,
+            common_scale=self._common_scale,
+            training=self.scenario.training,
+            learns=exchange.learns,
+            pulled=exchange.sends,
+            proximal=self.scenario.aggregation.proximal,
+        )
+        level = self._level(decision)
+        losses = cohort.train(
+            [self.batches(number, k) for k in devices],
+            lambda batches: self.features.start(
+                level, devices, batches, blocks, scales, self._common_scale
+            ),
+        )
+        return list(zip(losses, cohort.collect(), strict=True))
 
     def _prepared(
         self, state: Tensors, rank: int, present: Sequence[bool], number: int, device: int
@@ -175,50 +269,50 @@ class Trainer:
             for name, tensor in state.items()
             if rank > 0 or not name.startswith("lora.")  # rank 0: the LoRA is given up
         }
+        common_rank = self._peft.common_lora_rank
         for layer in (layer for layer, here in enumerate(present) if here):
-            if f"adapter.{layer}.up.weight" not in blocks:
-                blocks |= self._adapters[layer]
+            projections = self.backbone.lora_shapes(layer)
+            for name, tensor in self._adapters[layer].items():
+                blocks.setdefault(name, tensor)
+            if common_rank and f"common.{layer}.{min(projections)}.A" not in blocks:
+                blocks |= fresh_lora(
+                    layer,
+                    common_rank,
+                    projections,
+                    seed=self._seed,
+                    round=0,
+                    device=None,
+                    kind="common",
+                )
             if rank == 0:
                 continue
-            projections = self._model.lora_shapes(layer)
-            fresh = fresh_lora(
-                layer, rank, projections, seed=self.seed, round=number, device=device
-            )
-            for projection in projections:
+            for projection, (_, outputs) in projections.items():
                 a, b = f"lora.{layer}.{projection}.A", f"lora.{layer}.{projection}.B"
+                if a in blocks and blocks[a].shape[0] == rank:
+                    continue
+                fresh = self._fresh_a(rank, layer, projection, number, device)
                 if a not in blocks:
-                    blocks[a], blocks[b] = fresh[a], fresh[b]
-                elif blocks[a].shape[0] != rank:
-                    blocks[a], blocks[b] = resize_lora(blocks[a], blocks[b], fresh[a])
+                    blocks[a], blocks[b] = fresh, torch.zeros(outputs, rank)
+                else:
+                    stretch = self._scale(blocks[a].shape[0]) / self._scale(rank)
+                    blocks[a], blocks[b] = resize_lora(blocks[a], blocks[b], fresh, stretch=stretch)
         return blocks
 
-    def _local_steps(self, backbone: Backbone, first: int, number: int, device: int) -> float:
-        """Take AdamW steps on the device's own data with the blocks loaded; return the mean loss.
-
-        The optimiser starts afresh every round: its moments would be those of other parameters
-        after an aggregation, and a device need not store them between rounds.
-        """
-        trained = backbone.trained()
-        head = [slot for name, slot in trained.items() if layer_of(name) is None]
-        body = [slot for name, slot in trained.items() if layer_of(name) is not None]
-        optimiser = torch.optim.AdamW(
-            [
-                {"params": head, "lr": self.training.head_learning_rate},
-                {"params": body, "lr": self.training.learning_rate},
-            ],
-            weight_decay=self.training.weight_decay,
+    def _fresh_a(
+        self, rank: int, layer: int, projection: str, number: int, device: int
+    ) -> torch.Tensor:
+        """Return a new A; where LoRA is aggregated, devices begin with one and the same."""
+        personal = self.scenario.aggregation.lora == "personal"
+        fresh = fresh_lora(
+            layer,
+            rank,
+            self.backbone.lora_shapes(layer),
+            seed=self._seed,
+            round=number,
+            device=device if personal else None,
         )
-        total = 0.0
-        for batch in self.batches(number, device):
-            logits = backbone.logits(*self.inputs.batch(batch, first))
-            loss = torch.nn.functional.cross_entropy(logits, self.labels[batch])
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            total += loss.item()
-            if not math.isfinite(total):
-                raise TrainingError(
-                    f"device {device}, round {number}: loss must stay finite, got {loss.item()}; "
-                    f"lower training.learning_rate ({self.training.learning_rate:g})"
-                )
-        return total / self.training.local_steps
+        return fresh[f"lora.{layer}.{projection}.A"]
+
+
+def _is_finite(loss: float, learned: Tensors) -> bool:
+    return math.isfinite(loss) and all(bool(torch.isfinite(t).all()) for t in learned.values())

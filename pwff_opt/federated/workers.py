@@ -1,4 +1,4 @@
-"""Devices side by side: a backbone and a core for each worker."""
+"""Work on all cores: a thread and a core for each item."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
-
-from pwff_opt.federated.backbone import Backbone
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,43 +20,31 @@ def cores() -> int:
 
 
 class Workers:
-    """Backbones that share their frozen weights and work on different items at the same time.
+    """Threads that work on different items at the same time.
 
     Every item is computed by one thread from start to end: products of this size gain more from other
-    devices on the other cores than from being split, do not wait for a core that another process
+    items on the other cores than from being split, do not wait for a core that another process
     holds, and the result does not depend on the number of workers.
     """
 
-    def __init__(self, backbone: Backbone, count: int | None = None) -> None:
-        self.first = backbone
-        self._backbones = [backbone, *(backbone.twin() for _ in range((count or cores()) - 1))]
+    def __init__(self, count: int | None = None) -> None:
+        self.count = count or cores()
 
     def map(
         self,
-        work: Callable[[Backbone, Item], Result],
+        work: Callable[[Item], Result],
         items: Sequence[Item],
         *,
-        done: Callable[[], None] = lambda: None,
+        done: Callable[[Item], None] = lambda _: None,
     ) -> list[Result]:
-        """Return ``work(backbone, item)`` for all items, in order; ``done`` is called after each."""
-        idle: SimpleQueue[Backbone] = SimpleQueue()
-        for backbone in self._backbones:
-            idle.put(backbone)
-
-        def run(item: Item) -> Result:
-            backbone = idle.get()
-            try:
-                return work(backbone, item)
-            finally:
-                idle.put(backbone)
-
-        with _one_thread_each(), ThreadPoolExecutor(len(self._backbones)) as pool:
-            futures = [pool.submit(run, item) for item in items]
+        """Return ``work(item)`` for all items, in order; ``done`` is called after each, in order."""
+        with _one_thread_each(), ThreadPoolExecutor(self.count) as pool:
+            futures = [pool.submit(work, item) for item in items]
             results = []
             try:
-                for future in futures:
+                for item, future in zip(items, futures, strict=True):
                     results.append(future.result())
-                    done()
+                    done(item)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

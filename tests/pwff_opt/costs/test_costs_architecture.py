@@ -85,11 +85,18 @@ def test_key_value_heads_must_divide_heads(subject):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"adapter_width": 0}, {"adapter_width": 1, "bits_per_parameter": 0}]
+    ("change", "message"),
+    [
+        ({"adapter_width": -1}, "adapter_width must be an integer of at least 0, got -1"),
+        ({"common_rank": 1.5}, "common_rank must be an integer of at least 0, got 1.5"),
+        ({"round": True}, "round must be an integer of at least 0, got True"),
+        ({"lora_rule": "mean"}, "lora_rule must be one of personal, fedit, .*, got 'mean'"),
+        ({"upload_dtype": "int4"}, "upload_dtype must be one of float32, .*, got 'int4'"),
+    ],
 )
-def test_bad_blocks_are_refused(bad):
-    with pytest.raises(PwffError, match="must be an integer of at least 1, got 0"):
-        Blocks(**bad)
+def test_bad_blocks_are_refused(change, message):
+    with pytest.raises(PwffError, match=message):
+        Blocks(**({"adapter_width": 4} | change))
 
 
 def test_costs_import_neither_torch_nor_transformers():

@@ -27,8 +27,8 @@ TINY = Architecture(
 )
 
 
-def assert_exact(case, step, *, width, rank, states, present):
-    blocks = Blocks(adapter_width=width)
+def assert_exact(case, step, *, width, rank, states, present, **options):
+    blocks = Blocks(adapter_width=width, **options)
     for sequences, length in SHAPES:
         count = TokenCount.batch(sequences=sequences, length=length)
         shared = {"rank": rank, "present": present, "count": count}
@@ -78,6 +78,54 @@ def test_other_shapes_of_the_family_are_exact(subject, make_step, draw_states, n
     assert_exact(case, step, width=6, rank=rank, states=states, present=present)
 
 
+# A rule, a round and the factors that learn in it.
+RULES = [
+    ("ffa", 0, "B"),
+    ("ffa", 1, "B"),
+    ("rolora", 2, "B"),
+    ("rolora", 3, "A"),
+    ("fedsa", 1, "AB"),
+]
+
+
+@pytest.mark.parametrize(("rule", "number", "factors"), RULES)
+@pytest.mark.parametrize(("width", "rank", "common"), [(6, 4, 0), (0, 4, 0), (6, 4, 3), (0, 4, 3)])
+@pytest.mark.parametrize(
+    ("name", "lowest"), [("minilm", 1), ("minilm", 2), ("llama", 0), ("llama", 1), ("llama", 2)]
+)
+def test_fixed_factors_are_exact(
+    subject, make_step, draw_states, name, lowest, width, rank, common, rule, number, factors
+):
+    case = subject(name)
+    states, present = draw_states(case.architecture.layers, lowest, number)
+    options = {"width": width, "rank": rank, "states": states, "present": present}
+    step = make_step(name, common=common, factors=factors, **options)
+    own = {"common_rank": common, "lora_rule": rule, "round": number}
+    blocks = Blocks(adapter_width=width, **own)
+    assert [blocks.lora_trained(state) for state in LayerState] == ["", "AB", factors]
+    assert_exact(case, step, **options, **own)
+
+
+@pytest.mark.parametrize(
+    ("width", "rank", "common"), [(6, 0, 3), (6, 4, 3), (0, 0, 3), (0, 4, 3), (0, 4, 0), (0, 0, 0)]
+)
+@pytest.mark.parametrize(
+    ("name", "lowest"),
+    [("minilm", n) for n in (0, 3, 6)]
+    + [("minilm_mean", 2)]
+    + [("llama", n) for n in range(5)]
+    + [("llama_one_key_head", 1), ("llama_bias", 1)],
+)
+def test_common_lora_and_no_adapter_are_exact(
+    subject, make_step, draw_states, name, lowest, width, rank, common
+):
+    case = subject(name)
+    states, present = draw_states(case.architecture.layers, lowest, 7)
+    options = {"width": width, "rank": rank, "states": states, "present": present}
+    step = make_step(name, common=common, **options)
+    assert_exact(case, step, common_rank=common, **options)
+
+
 layer_states = st.lists(st.sampled_from(list(LayerState)), min_size=3, max_size=3)
 
 
@@ -85,12 +133,15 @@ layer_states = st.lists(st.sampled_from(list(LayerState)), min_size=3, max_size=
     states=layer_states,
     ranks=st.lists(st.integers(0, 9), min_size=1, max_size=5),
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    width=st.sampled_from([0, 2]),
+    common=st.sampled_from([0, 3]),
+    rule=st.sampled_from(["personal", "ffa"]),
 )
-def test_arrays_over_devices_equal_one_at_a_time(states, ranks, lengths):
+def test_arrays_over_devices_equal_one_at_a_time(states, ranks, lengths, width, common, rule):
     size = min(len(ranks), len(lengths))
     rank, length = np.array(ranks[:size]), np.array(lengths[:size])
     options = {"states": states, "present": [True] * 3}
-    blocks = Blocks(adapter_width=2)
+    blocks = Blocks(adapter_width=width, common_rank=common, lora_rule=rule)
     count = TokenCount(sequences=2, tokens=2 * length, squared_tokens=2 * length**2)
     together = step_flops(TINY, blocks, rank=rank, count=count, **options)
     assert together.shape == (size,)

@@ -15,12 +15,12 @@ from pwff_opt.errors import DecisionError
 BOUND = 0.01
 
 
-def assert_close(case, step, *, width, rank, states, present, shapes, padding=0):
+def assert_close(case, step, *, width, rank, states, present, shapes, padding=0, **options):
     for sequences, length in shapes:
         measured = step.memory_byte(sequences, length, padding=padding)
         predicted = training_memory_byte(
             case.architecture,
-            Blocks(adapter_width=width),
+            Blocks(adapter_width=width, **options),
             rank=rank,
             states=states,
             present=present,
@@ -70,6 +70,36 @@ def test_long_and_padded_batches(subject, make_step, draw_states, name, lowest):
     step = make_step(name, **options)
     assert_close(case, step, shapes=((2, 128),), **options)
     assert_close(case, step, shapes=((2, 8), (3, 64)), padding=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("width", "rank", "common", "rule", "number", "factors"),
+    [
+        (16, 4, 8, "personal", 0, "AB"),
+        (16, 0, 8, "personal", 0, "AB"),
+        (0, 4, 8, "personal", 0, "AB"),
+        (0, 4, 0, "personal", 0, "AB"),
+        (0, 0, 0, "personal", 0, "AB"),
+        (16, 8, 0, "ffa", 0, "B"),
+        (0, 8, 0, "rolora", 0, "B"),
+        (16, 8, 0, "rolora", 1, "A"),
+        (0, 8, 4, "rolora", 1, "A"),
+        (0, 8, 4, "ffa", 1, "B"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "lowest"),
+    [(name, n) for name in ("minilm", "llama", "llama_equal_heads") for n in (0, 2)],
+)
+def test_common_lora_no_adapter_and_fixed_factors(
+    subject, make_step, draw_states, name, lowest, width, rank, common, rule, number, factors
+):
+    case = subject(name)
+    states, present = draw_states(case.architecture.layers, lowest, rank)
+    options = {"width": width, "rank": rank, "states": states, "present": present}
+    step = make_step(name, common=common, factors=factors, **options)
+    own = {"common_rank": common, "lora_rule": rule, "round": number}
+    assert_close(case, step, shapes=((2, 8), (4, 32), (1, 48)), **options, **own)
 
 
 TINY = Architecture(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from pwff_opt.decision import LayerState
-from pwff_opt.federated.aggregation import average, uploaded_names
+from pwff_opt.federated.aggregation import average
 
 
 def test_mean_is_weighted_over_the_senders_of_each_tensor() -> None:
@@ -32,15 +30,3 @@ def test_order_of_arrival_is_immaterial() -> None:
 def test_equal_tensors_average_to_themselves() -> None:
     tensor = torch.randn(100, generator=torch.Generator().manual_seed(1))
     assert torch.equal(average([{"x": tensor}] * 3, [1.0, 5.0, 2.0])["x"], tensor)
-
-
-@pytest.mark.parametrize("head", [False, True])
-def test_only_adapters_of_aggregated_layers_are_uploaded(head: bool) -> None:
-    names = [
-        f"{kind}.{layer}.{part}"
-        for layer in range(3)
-        for kind, part in (("adapter", "up.weight"), ("lora", "query.A"))
-    ]
-    states = (LayerState.AGGREGATED, LayerState.PERSONAL, LayerState.AGGREGATED)
-    expected = ["adapter.0.up.weight", "adapter.2.up.weight"] + ["head.bias"] * head
-    assert uploaded_names([*names, "head.bias"], states, head_shared=head) == expected

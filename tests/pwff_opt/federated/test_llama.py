@@ -17,8 +17,11 @@ from transformers import (
 )
 
 from pwff_opt.decision import Schedule
+from pwff_opt.federated.backbone import Stack
 from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.export import load_adapters
+from pwff_opt.federated.export import load_adapters, load_device_model
+from pwff_opt.federated.features import Level
+from pwff_opt.federated.tokens import Packed
 from pwff_opt.models import model_source
 from pwff_opt.scenario import Scenario
 
@@ -44,24 +47,37 @@ def llama(small: Scenario, tmp_path: Path) -> Scenario:
     return replace(small, model=replace(small.model, source=str(folder), pooling="model"))
 
 
-def test_padding_and_cache_change_nothing(llama: Scenario, tmp_path: Path) -> None:
+def test_packing_and_cache_change_nothing(llama: Scenario, tmp_path: Path) -> None:
+    """Against the same model by transformers, padded, with its weights merged by hand."""
     evaluator = FederatedEvaluator(llama, tmp_path / "a", workers=1)
-    trainer, backbone = evaluator.trainer, evaluator.backbone
-    schedule = Schedule.parse("1x2:fpa", devices=3)
-    states, _ = evaluator._trained(schedule)
-    lengths = trainer.inputs.tokens.lengths
-    short, long = int(lengths.argmin()), int(lengths.argmax())
-    outputs = []
-    for resume in (True, False):
-        first = backbone.configure(2, (False, True, True), (False,) * 3, resume=resume)
-        backbone.load(states[0])
-        with torch.inference_mode():
-            alone = backbone.logits(*trainer.inputs.batch(np.array([short]), first))
-            beside = backbone.logits(*trainer.inputs.batch(np.array([short, long]), first))
-        torch.testing.assert_close(alone[0], beside[0], atol=1e-5, rtol=1e-5)
-        outputs.append(beside)
-    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(outputs[0][0], outputs[0][1], atol=1e-3)
+    trainer, backbone, tokens = evaluator.trainer, evaluator.backbone, evaluator.tokens
+    (decision,) = Schedule.parse("1x2:fpa", devices=3).rounds
+    state, _ = trainer.round(trainer.initial(), 0, decision, (False, True, True))
+    evaluator.save_device(Schedule.parse("1x2:fpa", devices=3), 0, tmp_path / "device")
+    plain = load_device_model(tmp_path / "device")
+    shard = evaluator.shards[0].train
+    short = shard[tokens.lengths[shard].argmin()]
+    long = shard[tokens.lengths[shard].argmax()]
+    batch = np.array([short, long])
+    ids = torch.full((2, int(tokens.lengths[long])), tokens.pad_id)
+    for row, i in enumerate(batch):
+        ids[row, : tokens.lengths[i]] = torch.from_numpy(
+            tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]]
+        )
+    mask = (torch.arange(ids.shape[1]) < torch.from_numpy(tokens.lengths[batch])[:, None]).long()
+    stack = Stack([state.devices[0]], [llama.peft.lora_scale])
+    with torch.inference_mode():
+        expected = plain(input_ids=ids, attention_mask=mask).logits
+        packed = Packed.of(tokens, [batch])
+        from_below = backbone.logits(packed, stack, backbone.embed(packed))
+        start = trainer.features.start(Level(1), [0], [batch], [state.devices[0]], [2.0], 1.0)
+        from_cache = backbone.logits(packed, stack, start)
+        alone = Packed.of(tokens, [batch[:1]])
+        by_itself = backbone.logits(alone, stack, backbone.embed(alone))
+    torch.testing.assert_close(from_below, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(from_cache, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(by_itself, expected[:1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("text", ["3x4:fap", "3x0:fff"])

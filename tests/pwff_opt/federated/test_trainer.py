@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,130 +15,230 @@ import numpy as np
 import pytest
 import torch
 from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 
-from pwff_opt.costs import Blocks, CostModel, uplink_payload_bit
-from pwff_opt.decision import LayerState, Schedule
+from pwff_opt.costs import CostModel
+from pwff_opt.decision import RoundDecision, Schedule
 from pwff_opt.federated.adapters import attach_adapters, pool_by_mean, transformer_layers
-from pwff_opt.federated.backbone import load_classifier, lora_config
-from pwff_opt.federated.blocks import Tensors, fresh_lora, layer_of, resize_lora
+from pwff_opt.federated.backbone import Backbone, load_classifier, lora_config
+from pwff_opt.federated.blocks import Tensors, fresh_lora, lora_scale, resize_lora
+from pwff_opt.federated.checkpoint import load_checkpoint, save_checkpoint
 from pwff_opt.federated.evaluator import FederatedEvaluator
+from pwff_opt.federated.exchange import Exchange, State
+from pwff_opt.federated.tokens import Packed
+from pwff_opt.participation import participants
 from pwff_opt.scenario import Scenario
 
 
 def close(a: Tensors, b: Tensors) -> None:
-    """Relative error of every tensor, in the Euclidean norm (a zero tensor must be zero)."""
+    """Relative error of every block (an adapter, a layer's LoRA, the head) in the Euclidean norm.
+
+    What aggregation has left in frozen weights counts with the LoRA that it is a remainder of.
+    """
     assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        assert (tensor - b[name]).norm() <= 1e-5 * b[name].norm(), name
+    blocks: dict[str, list[str]] = {}
+    for name in a:
+        kind, layer = name.replace("delta.", "lora.").split(".")[:2]
+        block = kind if kind == "head" else f"{kind}.{layer}"
+        blocks.setdefault(block, []).append(name)
+    for block, names in blocks.items():
+        ours, theirs = (torch.cat([x[name].flatten() for name in names]) for x in (a, b))
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), block
 
 
-def same(a: list[Tensors], b: list[Tensors]) -> None:
-    for own, other in zip(a, b, strict=True):
+def same(a: State, b: State) -> None:
+    for own, other in zip(a.devices, b.devices, strict=True):
         assert own.keys() == other.keys()
         for name, tensor in own.items():
             assert torch.equal(tensor, other[name]), name
 
 
+@cache
+def plain_base(source: str) -> torch.nn.Module:
+    model: torch.nn.Module = load_classifier(source, classes=3)
+    pool_by_mean(model)
+    return model
+
+
 def plain_device(
-    scenario: Scenario, evaluator: FederatedEvaluator, start: Tensors, rank: int, trained: list[int]
+    scenario: Scenario, start: Tensors, rank: int
 ) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
     """Return an ordinary peft model that holds the tensors of one device, and its parameters by name."""
-    model = load_classifier(scenario.model.source, classes=3)
-    pool_by_mean(model)
-    adapters = attach_adapters(model, scenario.peft.adapter_width)
-    if rank:
-        inject_adapter_in_model(lora_config("bert", rank, scenario.peft.lora_scale), model)
+    peft = scenario.peft
+    model = copy.deepcopy(plain_base(scenario.model.source))
+    adapters = attach_adapters(model, peft.adapter_width) if peft.adapter_width else []
+    parent, attribute = transformer_layers(model)
+    layers = getattr(parent, attribute)
+    with torch.no_grad():
+        for name, tensor in start.items():
+            if name.startswith("delta."):
+                _, layer, projection = name.split(".")
+                getattr(layers[int(layer)].attention.self, projection).weight += tensor
+    kinds = {"lora": rank, "common": peft.common_lora_rank}
+    kinds = {kind: size for kind, size in kinds.items() if size}
+    for kind, size in kinds.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            config = lora_config("bert", size, lora_scale(peft, size))
+            inject_adapter_in_model(config, model, kind)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter(list(kinds))
     model.requires_grad_(False)
     model.eval()
     named: dict[str, torch.nn.Parameter] = {}
-    parent, attribute = transformer_layers(model)
-    for number, layer in enumerate(getattr(parent, attribute)):
-        present = f"adapter.{number}.up.bias" in start
-        adapters[number].enabled = present
+    for number, layer in enumerate(layers):
+        if adapters:
+            adapters[number].enabled = f"adapter.{number}.up.bias" in start
         for name, parameter in layer.named_parameters():
-            if name.startswith("adapter.") and present:
-                named[f"adapter.{number}.{name.removeprefix('adapter.')}"] = parameter
-            elif ".lora_" in name:
+            if ".lora_" in name:
                 projection, factor = name.split(".")[2], name.split(".lora_")[1][0]
-                if present:
-                    named[f"lora.{number}.{projection}.{factor}"] = parameter
-                elif factor == "B":
-                    assert not parameter.any()
+                kind = name.split(".")[-2]
+                ours = f"{kind}.{number}.{projection}.{factor}"
+            elif name.startswith("adapter."):
+                ours = f"adapter.{number}.{name.removeprefix('adapter.')}"
+            else:
+                continue
+            if ours in start:
+                named[ours] = parameter
+            else:
+                assert name.startswith("adapter.") or factor == "A" or not parameter.any()
     for part, parameter in model.classifier.named_parameters():
         named[f"head.{part}"] = parameter
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(start[name])
-            parameter.requires_grad_(layer_of(name) is None or layer_of(name) in trained)
     return model, named
 
 
+def plain_steps(
+    scenario: Scenario,
+    evaluator: FederatedEvaluator,
+    start: Tensors,
+    number: int,
+    device: int,
+    decision: RoundDecision,
+) -> Tensors:
+    """Train one device for a round with plain transformers, peft and torch; return its blocks."""
+    trainer, exchange = evaluator.trainer, Exchange(scenario, number, decision)
+    model, named = plain_device(scenario, start, decision.ranks[device])
+    for name, parameter in named.items():
+        parameter.requires_grad_(exchange.learns(name))
+    optimiser = torch.optim.AdamW(
+        [{"params": [p], "lr": 0.01} for p in named.values() if p.requires_grad],
+        weight_decay=scenario.training.weight_decay,
+    )
+    anchors = {name: p.detach().clone() for name, p in named.items() if exchange.sends(name)}
+    for batch in trainer.batches(number, device):
+        tokens = evaluator.tokens
+        texts = [tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]] for i in batch]
+        ids = torch.zeros(len(batch), max(map(len, texts)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)], mask[row, : len(text)] = torch.from_numpy(text), 1
+        labels = torch.from_numpy(evaluator.labels[batch])
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        for name, anchor in anchors.items():
+            if named[name].requires_grad and scenario.aggregation.proximal:
+                distance = (named[name] - anchor).square().sum()
+                loss = loss + 0.5 * scenario.aggregation.proximal * distance
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return start | {name: p.detach().clone() for name, p in named.items()}
+
+
+def with_tables(scenario: Scenario, peft: dict[str, Any], table: dict[str, Any]) -> Scenario:
+    return replace(
+        scenario,
+        peft=replace(scenario.peft, **peft),
+        aggregation=replace(scenario.aggregation, **table),
+    )
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "peft", "table"),
     [
-        "3x2:aaa",
-        "3x4:fpa",
-        "3x0:fap",
-        "3x0:fff",
-        "3x0,2,4:paf",
-        "1x2:ffa 2x2:pfa",
-        "1x2:aaa 1x4:ffa 1x2:fpf",
+        ("3x2:aaa", {}, {}),
+        ("3x4:fpa", {"head": "shared"}, {}),
+        ("3x0:fap", {}, {}),
+        ("3x0:fff", {"head": "shared"}, {}),
+        ("3x0,2,4:paf", {}, {}),
+        ("1x2:ffa 2x2:pfa", {"head": "shared"}, {}),
+        ("1x2:aaa 1x4:ffa 1x2:fpf", {}, {}),
+        ("1x4:aaa 2x2:ffa", {"lora_scaling": "rslora"}, {}),
+        ("3x2:fpa", {"adapter_width": 0, "common_lora_rank": 3}, {}),
+        ("3x0:fpa", {"common_lora_rank": 3}, {}),
+        ("2x0:faa 1x0:ffa", {"adapter_width": 0}, {}),
+        ("3x2:paa", {"head": "shared"}, {"proximal": 0.5}),
+        ("3x2:aaf", {}, {"lora": "fedit"}),
+        ("3x2:faa", {}, {"lora": "ffa"}),
+        ("3x2:faa", {}, {"lora": "rolora", "adapter": "personal"}),
+        ("3x2:paa", {"lora_scaling": "standard"}, {"lora": "fedex"}),
+        ("3x2,4,4:aaa", {"lora_scaling": "rslora"}, {"lora": "flora"}),
     ],
 )
-@pytest.mark.parametrize("head", ["personal", "shared"])
 def test_equals_plain_peft_one_device_after_another(
-    small: Scenario, tmp_path: Path, text: str, head: Any
+    small: Scenario, tmp_path: Path, text: str, peft: dict[str, Any], table: dict[str, Any]
 ) -> None:
-    scenario = replace(small, peft=replace(small.peft, head=head))
+    """Only what each device does on its own is done twice; the exchange has tests of its own."""
+    scenario = with_tables(small, peft, table)
     evaluator = FederatedEvaluator(scenario, tmp_path)
     trainer = evaluator.trainer
     schedule = Schedule.parse(text, devices=3)
-    states = trainer.initial()
+    state = ours = trainer.initial()
     for number, (decision, present) in enumerate(
         zip(schedule.rounds, schedule.present, strict=True)
     ):
-        trained = [n for n, state in enumerate(decision.states) if state is not LayerState.FROZEN]
-        expected = []
-        for device, state in enumerate(states):
-            rank = decision.ranks[device]
-            start = trainer._prepared(state, rank, present, number, device)
-            model, named = plain_device(scenario, evaluator, start, rank, trained)
-            optimiser = torch.optim.AdamW(
-                [{"params": [p], "lr": 0.01} for p in named.values() if p.requires_grad],
-                weight_decay=scenario.training.weight_decay,
-            )
-            for batch in trainer.batches(number, device):
-                ids, mask, _ = trainer.inputs.batch(batch, 0)
-                loss = model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    labels=torch.from_numpy(evaluator.labels[batch]),
-                ).loss
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-            expected.append({name: p.detach().clone() for name, p in named.items()})
-        for name in expected[0]:
-            layer = layer_of(name)
-            shared = (
-                head == "shared"
-                if layer is None
-                else (
-                    name.startswith("adapter.") and decision.states[layer] is LayerState.AGGREGATED
-                )
-            )
-            if shared:
-                mean = torch.stack([device[name] for device in expected]).mean(0)
-                for device in expected:
-                    device[name] = mean
-        states, _ = trainer.round(states, number, decision, present)
+        before = [
+            trainer._prepared(own, decision.ranks[k], present, number, k)
+            for k, own in enumerate(state.devices)
+        ]
+        after = [
+            plain_steps(scenario, evaluator, start, number, device, decision)
+            for device, start in enumerate(before)
+        ]
+        state, _ = Exchange(scenario, number, decision).merge(
+            before,
+            after,
+            [True] * 3,
+            3,
+            [1.0] * 3,
+            state,
+            fresh=lambda k, layer, name, at=(decision, number + 1): trainer._fresh_a(  # type: ignore[misc]
+                at[0].ranks[k], layer, name, at[1], k
+            ),
+        )
+        ours, _ = trainer.round(ours, number, decision, present)
         for device in range(3):
-            close(states[device], expected[device])
+            close(ours.devices[device], state.devices[device])
+
+
+def test_default_exchange_averages_adapters_and_shared_heads_and_nothing_else(
+    small: Scenario, tmp_path: Path
+) -> None:
+    scenario = with_tables(small, {"head": "shared"}, {})
+    evaluator = FederatedEvaluator(scenario, tmp_path)
+    decision = Schedule.parse("1x2:fpa", devices=3).rounds[0]
+    before = [
+        evaluator.trainer._prepared(own, 2, (False, True, True), 0, k)
+        for k, own in enumerate(evaluator.trainer.initial().devices)
+    ]
+    after = [plain_steps(scenario, evaluator, own, 0, k, decision) for k, own in enumerate(before)]
+    state, _ = evaluator.trainer.round(
+        evaluator.trainer.initial(), 0, decision, (False, True, True)
+    )
+    for device in range(3):
+        for name, tensor in state.devices[device].items():
+            shared = name.startswith(("head.", "adapter.2."))
+            mean = torch.stack([own[name] for own in after]).mean(0)
+            expected = mean if shared else after[device][name]
+            assert (tensor - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 @pytest.fixture
-def run(small: Scenario, tmp_path: Path) -> Callable[..., tuple[list[Tensors], Any]]:
-    def go(text: str = "1x2:fpa 2x4:paa", **options: Any) -> tuple[list[Tensors], Any]:
+def run(small: Scenario, tmp_path: Path) -> Callable[..., tuple[State, Any]]:
+    def go(text: str = "1x2:fpa 2x4:paa", **options: Any) -> tuple[State, Any]:
         scenario = options.pop("scenario", small)
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         evaluator = FederatedEvaluator(scenario, folder, **options)
@@ -152,7 +256,7 @@ def test_workers_change_nothing(run: Callable[..., Any]) -> None:
 def test_the_cache_changes_nothing_but_rounding(small: Scenario, run: Callable[..., Any]) -> None:
     without = replace(small, training=replace(small.training, feature_cache_byte=0.0))
     cached, plain = run("3x2:ffa"), run("3x2:ffa", scenario=without)
-    for own, other in zip(cached[0], plain[0], strict=True):
+    for own, other in zip(cached[0].devices, plain[0].devices, strict=True):
         close(own, other)
 
 
@@ -194,15 +298,11 @@ def test_measured_upload_is_the_payload_of_the_cost_model(
     costs = CostModel(scenario, evaluator.workload)
     schedule = Schedule.parse("1x2:fpa 1x0:aaa 1x2:fff", devices=3)
     rounds = evaluator.train(schedule).rounds
-    assert [entry.uplink_bit for entry in rounds] == costs.demand(schedule).payload_bit.tolist()
-    bits = {"float32": 32, "float16": 16}[dtype]
-    blocks = Blocks(adapter_width=4, bits_per_parameter=bits, head_shared=head == "shared")
-    assert rounds[1].uplink_bit == uplink_payload_bit(
-        costs.architecture, blocks, schedule.rounds[1].states
-    )
-    states, _ = evaluator._trained(schedule)
-    shared = states[0]["adapter.0.up.weight"]
-    assert all(state["adapter.0.up.weight"] is shared for state in states)
+    payload = costs.demand(schedule).payload_bit
+    assert [list(entry.uplink_bit) for entry in rounds] == payload.tolist()
+    state, _ = evaluator._trained(schedule)
+    shared = state.devices[0]["adapter.0.up.weight"]
+    assert all(own["adapter.0.up.weight"] is shared for own in state.devices)
     assert torch.equal(shared, shared.to(getattr(torch, dtype)).float())
 
 
@@ -219,9 +319,85 @@ def test_a_training_that_diverges_is_named_and_recorded(small: Scenario, tmp_pat
     wild = replace(small, training=replace(small.training, learning_rate=1e30))
     evaluation = FederatedEvaluator(wild, tmp_path).train(Schedule.parse("3x2:aaa", devices=3))
     assert evaluation.status == "failed"
-    assert "device 0, round" in evaluation.reason
-    assert "loss must stay finite" in evaluation.reason
+    assert "round 0: the losses of all devices must not diverge" in evaluation.reason
     assert evaluation.rounds == ()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_diverged_device_spoils_no_other(small: Scenario, tmp_path: Path, size: int) -> None:
+    """Device 1 holds a NaN: it is named, its round is undone, and the others go on without it."""
+    evaluator = FederatedEvaluator(small, tmp_path)
+    trainer = evaluator.trainer
+    trainer._cohort_size = size
+    (decision,) = Schedule.parse("1x2:paa", devices=3).rounds
+    present = (True,) * 3
+    start, _ = trainer.round(trainer.initial(), 0, decision, present)
+    own = start.devices[1]
+    bad = own | {"lora.1.query.B": torch.full_like(own["lora.1.query.B"], torch.nan)}
+    sick = replace(start, devices=(start.devices[0], bad, start.devices[2]))
+    state, report = trainer.round(sick, 1, decision, present)
+    assert report.diverged == (1,)
+    assert [math.isnan(loss) for loss in report.loss] == [False, True, False]
+    assert report.uplink_bit[1] == 0 < report.uplink_bit[0]
+    well, _ = trainer.round(start, 1, decision, present)
+    for device in (0, 2):
+        for name, tensor in state.devices[device].items():
+            if name.startswith("lora."):
+                torch.testing.assert_close(tensor, well.devices[device][name], rtol=1e-5, atol=1e-7)
+            assert torch.isfinite(tensor).all()
+    name = "adapter.2.up.weight"
+    assert state.devices[1][name] is state.devices[0][name]  # it hears what the others made
+    assert state.devices[1]["adapter.0.up.weight"] is own["adapter.0.up.weight"]  # personal: undone
+    # and it is written down, and read again
+    save_checkpoint(tmp_path / "x.safetensors", state, [report])
+    loaded = load_checkpoint(tmp_path / "x.safetensors")
+    assert loaded is not None
+    assert loaded[1][0].diverged == (1,)
+    assert math.isnan(loaded[1][0].loss[1])
+
+
+def test_out_of_memory_cuts_the_mini_batch_and_goes_on(
+    small: Scenario, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    expected = run("2x2:faa")
+    logits = Backbone.logits
+
+    def short_of_memory(self: Backbone, packed: Packed, *rest: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() and max(packed.sequence_counts) > 1:
+            torch.empty(10**15)  # what torch itself says when memory runs out
+        return logits(self, packed, *rest)
+
+    monkeypatch.setattr(Backbone, "logits", short_of_memory)
+    cut = run("2x2:faa")
+    assert "mini-batches are now cut into" in caplog.text
+    for own, other in zip(cut[0].devices, expected[0].devices, strict=True):
+        close(own, other)
+
+
+def test_memory_that_never_suffices_is_an_error(
+    small: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backbone, "logits", lambda *_: torch.empty(10**15))
+    evaluation = FederatedEvaluator(small, tmp_path).train(Schedule.parse("1x2:faa", devices=3))
+    assert evaluation.status == "failed"
+    assert "one sequence a device must fit into memory" in evaluation.reason
+
+
+def test_only_those_drawn_take_part(small: Scenario, tmp_path: Path) -> None:
+    scenario = with_tables(small, {"head": "shared"}, {"devices_per_round": 2})
+    trainer = FederatedEvaluator(scenario, tmp_path).trainer
+    (decision,) = Schedule.parse("1x2:paa", devices=3).rounds
+    state, report = trainer.round(trainer.initial(), 0, decision, (True,) * 3)
+    here = participants(scenario, 0)
+    assert sum(here) == 2
+    assert [bits > 0 for bits in report.uplink_bit] == list(here)
+    assert [not math.isnan(loss) for loss in report.loss] == list(here)
+    absent = here.index(False)
+    assert not state.devices[absent]["lora.0.query.B"].any()
+    for name in ("adapter.2.up.weight", "head.weight"):
+        assert state.devices[absent][name] is state.devices[here.index(True)][name]
+    drawn = [participants(scenario, number) for number in range(30)]
+    assert len(set(drawn)) == 3
 
 
 def test_unknown_ranks_are_refused(small: Scenario, tmp_path: Path) -> None:

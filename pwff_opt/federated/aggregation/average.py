@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from pwff_opt.decision import LayerState
-from pwff_opt.federated.blocks import Tensors, layer_of
-
-
-def uploaded_names(
-    names: Iterable[str], states: Sequence[LayerState], *, head_shared: bool
-) -> list[str]:
-    """Return the tensors a device uploads: adapters of aggregated layers, and a shared head."""
-    chosen = []
-    for name in names:
-        layer = layer_of(name)
-        if layer is None:
-            if head_shared:
-                chosen.append(name)
-        elif name.startswith("adapter.") and states[layer] is LayerState.AGGREGATED:
-            chosen.append(name)
-    return sorted(chosen)
+from pwff_opt.federated.blocks import Tensors
 
 
 def average(uploads: Sequence[Tensors], weights: Sequence[float]) -> Tensors:

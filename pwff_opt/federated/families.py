@@ -1,0 +1,245 @@
+"""Transformer layers of the supported families, as arithmetic on packed tokens.
+
+A layer falls into two parts, so that what never changes can be kept: ``project`` computes queries,
+keys and values [token, query + key + value] from the layer's input, ``complete`` all the rest.  LoRA
+comes in between.  Weights are frozen, in float32 or bfloat16; products run in that type, everything
+else in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+from transformers.activations import ACT2FN
+
+from pwff_opt.errors import ModelError
+from pwff_opt.federated.tokens import Packed
+
+# The projections that carry a LoRA: queries and values (Hu et al., ICLR 2022, section 4.2).
+LORA_TARGETS = {"bert": ("query", "value"), "llama": ("q_proj", "v_proj")}
+HEADS = {"bert": "classifier", "llama": "score"}
+
+
+class Layer(Protocol):
+    """One frozen transformer layer."""
+
+    columns: Mapping[str, slice]
+    """Where queries, keys and values lie among the projected columns, by the family's names."""
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the projections read, [token, hidden], from the layer's input."""
+
+    def project(self, entered: torch.Tensor) -> torch.Tensor:
+        """Return queries, keys and values side by side, [token, query + key + value]."""
+
+    def change(self, deltas: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return ``project`` with something added to the weights of some projections."""
+
+    def complete(
+        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around
+    ) -> torch.Tensor:
+        """Return the output, [token, hidden], from the input and the projections by name."""
+
+
+class Around:
+    """What all layers see of a batch: how it is packed, who may attend to whom, rotations."""
+
+    def __init__(
+        self,
+        packed: Packed,
+        *,
+        causal: bool,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        self.packed = packed
+        self.rotary = rotary
+        self._bias: torch.Tensor | None = None
+        if causal:
+            # Padding comes last, so no token attends to it.
+            ones = torch.ones(
+                packed.width, packed.width, dtype=torch.bool, device=packed.ids.device
+            )
+            self._bias = torch.zeros(ones.shape, device=ones.device)
+            self._bias = self._bias.masked_fill(ones.triu(1), -1e9)
+        elif packed.inside is not None:
+            inside = packed.inside[:, None, None]
+            self._bias = torch.zeros(inside.shape, device=inside.device)
+            self._bias = self._bias.masked_fill(~inside, -1e9)
+
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float
+    ) -> torch.Tensor:
+        """Return the attended values, [token, head x size], of [token, head, size] each.
+
+        Written out: at tens of tokens a sequence, torch's fused attention is no faster forwards and,
+        in bfloat16, several times slower backwards.
+        """
+        pad = self.packed.pad
+        groups = queries.shape[1] // keys.shape[1]
+        q = pad(queries * scale).transpose(1, 2)
+        k, v = pad(keys).transpose(1, 2), pad(values).transpose(1, 2)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = q @ k.transpose(2, 3)
+        if self._bias is not None:
+            scores = scores + self._bias
+        return self.packed.unpad((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class _Products:
+    """Queries, keys and values by one product."""
+
+    columns: Mapping[str, slice]
+
+    def __init__(self, parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype) -> None:
+        self._weight, self._bias = _fused(parts, dtype)
+        ends, columns = 0, {}
+        for name, part in parts.items():
+            columns[name] = slice(ends, ends + part.out_features)
+            ends += part.out_features
+        self.columns = columns
+
+    def project(self, entered: torch.Tensor) -> torch.Tensor:
+        return _linear(entered, self._weight, self._bias)
+
+    def change(self, deltas: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        weight = self._weight.to(torch.float32, copy=True)
+        for name, delta in deltas.items():
+            weight[self.columns[name]] += delta
+        weight = weight.to(self._weight.dtype)
+        return lambda entered: _linear(entered, weight, self._bias)
+
+
+class BertLayer(_Products):
+    """A layer with norms after its parts (Devlin et al. 2019)."""
+
+    def __init__(self, layer: Any, config: Any, dtype: torch.dtype) -> None:
+        own = layer.attention.self
+        super().__init__({n: getattr(own, n) for n in ("query", "key", "value")}, dtype)
+        self._heads = config.num_attention_heads
+        self._out = _fused({"": layer.attention.output.dense}, dtype)
+        self._norm = layer.attention.output.LayerNorm
+        self._up = _fused({"": layer.intermediate.dense}, dtype)
+        self._down = _fused({"": layer.output.dense}, dtype)
+        self._last_norm = layer.output.LayerNorm
+        self._activation = ACT2FN[config.hidden_act]
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def complete(
+        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around
+    ) -> torch.Tensor:
+        q, k, v = (parts[name].unflatten(1, (self._heads, -1)) for name in self.columns)
+        context = around.attend(q, k, v, scale=q.shape[-1] ** -0.5)
+        x = self._norm(_linear(context, *self._out) + x)
+        weight, bias = self._up
+        inner = self._activation(functional.linear(x.to(weight.dtype), weight, bias))
+        return self._last_norm(_linear(inner, *self._down) + x)  # type: ignore[no-any-return]
+
+
+class LlamaLayer(_Products):
+    """A layer with norms before its parts, rotated positions and a gate (Touvron et al. 2023)."""
+
+    def __init__(self, layer: Any, config: Any, dtype: torch.dtype) -> None:
+        own = layer.self_attn
+        super().__init__({n: getattr(own, n) for n in ("q_proj", "k_proj", "v_proj")}, dtype)
+        self._heads, self._pairs = config.num_attention_heads, config.num_key_value_heads
+        self._out = _fused({"": own.o_proj}, dtype)
+        self._before, self._after = layer.input_layernorm, layer.post_attention_layernorm
+        self._up = _fused({"gate": layer.mlp.gate_proj, "up": layer.mlp.up_proj}, dtype)
+        self._down = _fused({"": layer.mlp.down_proj}, dtype)
+        self._activation = ACT2FN[config.hidden_act]
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        return self._before(x)  # type: ignore[no-any-return]
+
+    def complete(
+        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around
+    ) -> torch.Tensor:
+        assert around.rotary is not None
+        q, k, v = (parts[name] for name in self.columns)
+        q, k = q.unflatten(1, (self._heads, -1)), k.unflatten(1, (self._pairs, -1))
+        context = around.attend(
+            _rotated(q, *around.rotary),
+            _rotated(k, *around.rotary),
+            v.unflatten(1, (self._pairs, -1)),
+            scale=q.shape[-1] ** -0.5,
+        )
+        x = _linear(context, *self._out) + x
+        weight, bias = self._up
+        gate, up = functional.linear(self._after(x).to(weight.dtype), weight, bias).chunk(2, 1)
+        return _linear(self._activation(gate) * up, *self._down) + x
+
+
+LAYERS: dict[str, Callable[[Any, Any, torch.dtype], Layer]] = {
+    "bert": BertLayer,
+    "llama": LlamaLayer,
+}
+
+
+class Ends:
+    """What comes before and after the layers: embeddings, rotations, pooling and its last norm."""
+
+    def __init__(self, model: Any, family: str, pooling: str, *, max_tokens: int) -> None:
+        self._base, self._family, self._pooling = model.base_model, family, pooling
+        window = getattr(model.config, "sliding_window", None)
+        if window is not None and window < max_tokens:
+            raise ModelError(
+                f"model.max_tokens must not exceed the model's attention window ({window}), "
+                f"got {max_tokens}"
+            )
+
+    def embed(self, packed: Packed) -> torch.Tensor:
+        """Return the input of the lowest layer, [token, hidden]."""
+        if self._family == "bert":
+            embedded = self._base.embeddings(
+                input_ids=packed.ids[None],
+                token_type_ids=torch.zeros_like(packed.ids)[None],
+                position_ids=packed.positions[None],
+            )[0]
+        else:
+            embedded = self._base.embed_tokens(packed.ids)
+        return embedded.float()  # type: ignore[no-any-return]
+
+    def around(self, packed: Packed) -> Around:
+        if self._family == "bert":
+            return Around(packed, causal=False)
+        like = torch.empty(0, device=packed.ids.device)
+        cos, sin = self._base.rotary_emb(like, position_ids=packed.positions[None])
+        return Around(packed, causal=True, rotary=(cos[0, :, None], sin[0, :, None]))
+
+    def pool(self, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """Return what the head sees, [sequence, hidden]; see ``adapters.MeanPooling``."""
+        if self._family == "llama":
+            return packed.last(self._base.norm(hidden))
+        if self._pooling == "mean":
+            mean = packed.mean(hidden)
+            return functional.layer_norm(mean, mean.shape[-1:])
+        pooler = self._base.pooler
+        return pooler.activation(pooler.dense(packed.first(hidden)))  # type: ignore[no-any-return]
+
+
+def _fused(
+    parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight = torch.cat([part.weight.detach() for part in parts.values()]).to(dtype)
+    if all(part.bias is None for part in parts.values()):
+        return weight, None
+    biases = [
+        torch.zeros(part.out_features) if part.bias is None else part.bias.detach()
+        for part in parts.values()
+    ]
+    return weight, torch.cat(biases).to(dtype)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return functional.linear(x.to(weight.dtype), weight, bias).float()
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat((-high, low), -1) * sin

@@ -1,0 +1,194 @@
+"""Cached activations: what layers below the lowest trained one say about every sentence.
+
+Those layers, and the blocks in them, do not change while they are frozen, so their output is worth
+keeping.  Where a device has no blocks down there it is the base model's, and holds for good; where it
+has, it is the device's own and holds until one of those blocks changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pwff_opt.federated.backbone import NOTHING, Backbone, Stack, Start
+from pwff_opt.federated.blocks import Tensors, layer_of
+from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A place in the model: the input of a layer, or its output before the adapter acts."""
+
+    layer: int
+    completed: bool = False
+
+
+class _Store:
+    """The activations at one level, [token of the corpus, ...], as far as they are known."""
+
+    def __init__(
+        self, hidden: torch.Tensor, projected: torch.Tensor | None, sequences: int
+    ) -> None:
+        self.hidden, self.projected = hidden, projected
+        self.known = np.zeros(sequences, dtype=bool)
+        self.below: dict[int, Tensors] = {}
+        """The blocks of a device that its activations were computed with."""
+
+
+class Features:
+    """Starts for batches, from cached activations where they are known, computed where not.
+
+    Parameters
+    ----------
+    backbone, tokens
+    owner : the sequences [sequence] belong to these devices.
+    budget_byte : memory for activations; what does not fit is kept in files.
+    """
+
+    def __init__(
+        self, backbone: Backbone, tokens: Tokens, owner: Indices, *, budget_byte: float
+    ) -> None:
+        self._backbone, self._tokens, self._owner = backbone, tokens, owner
+        self._left_byte = budget_byte
+        self._base: dict[Level, _Store] = {}
+        self._own: dict[Level, _Store] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def byte(self) -> int:
+        """Size of all activations held, in memory and in files."""
+        stores = [*self._base.values(), *self._own.values()]
+        held = [t for store in stores for t in (store.hidden, store.projected) if t is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def start(
+        self,
+        level: Level,
+        devices: Sequence[int],
+        batches: Sequence[Indices],
+        blocks: Sequence[Tensors],
+        scales: Sequence[float],
+        common_scale: float,
+    ) -> Start:
+        """Return the start at ``level`` of one batch for each device, whose blocks are ``blocks``."""
+        hidden, projected = [], []
+        for device, batch, own, scale in zip(devices, batches, blocks, scales, strict=True):
+            below = {name: t for name, t in own.items() if _is_below(name, level)}
+            store = self._filled(level, device, batch, below, scale, common_scale)
+            rows = torch.from_numpy(self._tokens.rows(batch))
+            hidden.append(store.hidden[rows])
+            if store.projected is not None:
+                projected.append(store.projected[rows])
+        device_of = self._backbone.device
+        return Start(
+            layer=level.layer,
+            hidden=torch.cat(hidden).to(device_of),
+            projected=torch.cat(projected).to(device_of).float() if projected else None,
+            completed=level.completed,
+        )
+
+    def _filled(
+        self,
+        level: Level,
+        device: int,
+        batch: Indices,
+        below: Tensors,
+        scale: float,
+        common_scale: float,
+    ) -> _Store:
+        """Return the store that holds the activations of a batch at a level."""
+        with self._lock:
+            stores = self._own if below else self._base
+            if level not in stores:
+                if below:
+                    # Schedules move on: their lowest trained layer of before is not asked for again.
+                    self._discard(self._own)
+                stores[level] = self._new_store(level)
+            store = stores[level]
+            known = store.below.get(device, {})
+            if known.keys() != below.keys() or any(known[n] is not t for n, t in below.items()):
+                store.known[self._owner == device] = False
+                store.below[device] = below
+        missing = batch[~store.known[batch]]
+        if len(missing):
+            # All of a device's data of that kind will be asked for: at least enough for a pass.
+            stack = Stack([below], [scale], common_scale=common_scale) if below else NOTHING
+            for part in by_length(self._tokens, missing):
+                self._fill(store, level, part, stack, below)
+        return store
+
+    def _fill(
+        self, store: _Store, level: Level, part: Indices, stack: Stack, below: Tensors
+    ) -> None:
+        packed = Packed.of(self._tokens, [part], device=self._backbone.device)
+        with torch.inference_mode():
+            start = self._nearest(level, part, packed, below)
+            hidden = self._backbone.run(
+                packed, stack, start, stop=level.layer, completed=level.completed
+            )
+            rows = torch.from_numpy(self._tokens.rows(part))
+            store.hidden[rows] = hidden.to(store.hidden.device)
+            if store.projected is not None:
+                projected = self._backbone.project(level.layer, hidden)
+                store.projected[rows] = projected.to(store.projected)
+        store.known[part] = True
+
+    def _nearest(self, level: Level, part: Indices, packed: Packed, below: Tensors) -> Start:
+        """Return the highest start that is known for a batch without any block having acted."""
+        lowest = min((layer_of(name) for name in below), default=level.layer) or 0  # type: ignore[type-var]
+        for layer in range(min(lowest, level.layer), 0, -1):
+            store = self._base.get(Level(layer))
+            if store is not None and store.known[part].all():
+                rows = torch.from_numpy(self._tokens.rows(part))
+                return Start(layer=layer, hidden=store.hidden[rows].to(self._backbone.device))
+        return self._backbone.embed(packed)
+
+    def _new_store(self, level: Level) -> _Store:
+        total, backbone = int(self._tokens.offsets[-1]), self._backbone
+        projected = None
+        hidden = self._array(total, backbone.hidden, torch.float32)
+        if not level.completed and level.layer < backbone.layer_count:
+            columns = backbone.layers[level.layer].columns.values()
+            width = max(part.stop for part in columns)
+            projected = self._array(total, width, backbone.dtype)
+        return _Store(hidden, projected, len(self._tokens))
+
+    def _discard(self, stores: dict[Level, _Store]) -> None:
+        for store in stores.values():
+            for tensor in (store.hidden, store.projected):
+                if tensor is not None:
+                    self._left_byte += tensor.numel() * tensor.element_size()
+        stores.clear()
+
+    def _array(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return room for activations: memory within the budget, else a file without a name."""
+        need = rows * width * dtype.itemsize
+        self._left_byte -= need
+        if self._left_byte >= 0:
+            with torch.inference_mode(False):  # it will be read and written in either mode
+                return torch.empty(rows, width, dtype=dtype)
+        logger.info(
+            "cached activations: %.2f GB in a file in %s", need / 1e9, tempfile.gettempdir()
+        )
+        with tempfile.NamedTemporaryFile(prefix="pwff_opt-features-") as file:
+            file.truncate(need)
+            with torch.inference_mode(False):
+                array = torch.from_file(file.name, shared=True, size=rows * width, dtype=dtype)
+        return array.view(rows, width)
+
+
+def _is_below(name: str, level: Level) -> bool:
+    """Return whether a block acts before a level."""
+    layer = layer_of(name)
+    if layer is None:
+        return False
+    acts_in_layer = level.completed and not name.startswith("adapter.")
+    return layer < level.layer or (layer == level.layer and acts_in_layer)
