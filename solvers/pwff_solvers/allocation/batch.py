@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from pwff_solvers.allocation.checks import NOT_NEGATIVE, POSITIVE, Rule, as_array, check
 from pwff_solvers.allocation.elementary import COMPILED, FloatArray, entry
@@ -82,7 +82,9 @@ class Batch:
     Raises
     ------
     InvalidInputError
-        If an entry is not finite or out of range, limits cross, or shapes disagree.
+        If an entry is not a number, masked, not finite or out of range, limits cross, shapes
+        disagree, or a quantity made of several leaves the range of a double: ``a/(P G)``,
+        ``P G/B``, ``c/f_max`` or ``kappa c^3``.
 
     Attributes
     ----------
@@ -148,7 +150,7 @@ class Batch:
         for number, array in enumerate(arrays[len(_DEVICE) :]):
             cell[:, number] = array
         if not (COMPILED and _good(device, cell)):
-            _complain(arrays, device)
+            _complain(arrays, device, cell)
         self._own(device, cell)
 
     def _own(self, device: FloatArray, cell: FloatArray) -> None:
@@ -204,36 +206,81 @@ class Batch:
     fixed_delay_s = _scalar(2)
 
 
+# Products and ratios of four such numbers stay in the range of a double.
+_LEAST, _MOST = 1e-75, 1e75
+
+
 @entry
 def _good(device: FloatArray, cell: FloatArray) -> bool:
-    """Return whether every rule of ``_complain`` holds, in one sweep; written so that NaN fails."""
+    """Return whether every rule of ``_complain`` holds for sure, in one sweep; NaN fails.
+
+    What a rule bounds below by 0, or not above, is held to within 75 decades of 1 here: then no
+    product or ratio in the kernels can leave the range, and none has to be evaluated.
+    """
     for i in range(device.shape[0]):
-        if not (0.0 < cell[i, 0] < np.inf and 0.0 < cell[i, 1] < np.inf):
+        if not (_LEAST <= cell[i, 0] <= _MOST and _LEAST <= cell[i, 1] <= _MOST):
             return False
         if not 0.0 <= cell[i, 2] < np.inf:
             return False
         for k in range(device.shape[2]):
-            if not (0.0 <= device[i, 0, k] < np.inf and 0.0 <= device[i, 1, k] < np.inf):
+            payload, work, kappa = device[i, 0, k], device[i, 1, k], device[i, 6, k]
+            if not (0.0 <= payload <= _MOST and 0.0 <= work <= _MOST and 0.0 <= kappa <= _MOST):
                 return False
-            if not (0.0 < device[i, 2, k] < np.inf and 0.0 < device[i, 3, k] < np.inf):
+            if 0.0 < payload < _LEAST or 0.0 < work < _LEAST or 0.0 < kappa < _LEAST:
                 return False
-            if not 0.0 <= device[i, 4, k] <= device[i, 5, k] < np.inf:
+            if not (_LEAST <= device[i, 2, k] <= _MOST and _LEAST <= device[i, 3, k] <= _MOST):
                 return False
-            if not (device[i, 5, k] > 0.0 and 0.0 <= device[i, 6, k] < np.inf):
+            if not 0.0 <= device[i, 4, k] <= device[i, 5, k] <= _MOST:
                 return False
-            if not (0.0 <= device[i, 7, k] <= device[i, 3, k]):
+            if not (device[i, 5, k] >= _LEAST and 0.0 <= device[i, 7, k] <= device[i, 3, k]):
                 return False
             if not 0.0 <= device[i, 8, k] < np.inf:
                 return False
     return True
 
 
-def _complain(arrays: list[FloatArray], device: FloatArray) -> None:
+def _complain(arrays: list[FloatArray], device: FloatArray, cell: FloatArray) -> None:
     """Raise for the first rule that is broken, if any, naming argument, index, rule and value."""
     for name, array in zip(_NAMES, arrays, strict=True):
         check(name, array, _DEVICE.get(name) or _CELL[name])
     _check_order(device[:, 7], device[:, 3], "power_min_w", "power_max_w")
     _check_order(device[:, 4], device[:, 5], "frequency_min_hz", "frequency_max_hz")
+    payload, work, gain, power, _, f_max, kappa = (device[:, n] for n in range(7))
+    band, noise = cell[:, 0, None], cell[:, 1, None]
+    with np.errstate(all="ignore"):
+        g = gain / noise
+        for what, names, value, wanted in (
+            ("G = h/N0", (2, 10), g, True),
+            ("P G/B", (3, 2, 10, 9), power * g / band, True),
+            ("a/(P G)", (0, 3, 2, 10), payload * np.log(2.0) / (power * g), payload > 0),
+            ("c/f_max", (1, 5), work / f_max, work > 0),
+            ("kappa c^3", (6, 1), 2.0 * kappa * work * work * work, (kappa > 0) & (work > 0)),
+        ):
+            wrong = wanted & ~((value > 0) & (value < np.inf))
+            if wrong.any():
+                _complain_range(what, names, value, wrong, device, cell)
+
+
+def _complain_range(
+    what: str,
+    names: tuple[int, ...],
+    value: FloatArray,
+    wrong: NDArray[np.bool_],
+    device: FloatArray,
+    cell: FloatArray,
+) -> NoReturn:
+    """Raise for a quantity of several arguments, ``names``, that is 0 or infinite where ``wrong``."""
+    i, k = (int(v) for v in np.argwhere(wrong)[0])
+    parts = [
+        f"{_NAMES[n]}[{i}, {k}] = {device[i, n, k]}"
+        if n < len(_DEVICE)
+        else f"{_NAMES[n]}[{i}] = {cell[i, n - len(_DEVICE)]}"
+        for n in names
+    ]
+    raise InvalidInputError(
+        f"{', '.join(parts[:-1])} and {parts[-1]} must give a positive, finite {what}, "
+        f"got {value[i, k]}"
+    )
 
 
 def _check_order(low: FloatArray, high: FloatArray, low_name: str, high_name: str) -> None:

@@ -101,19 +101,20 @@ def psi(z, expm1):
 
 @kernel
 def inverse_psi(p):
-    """Return z with ``psi(z) = p``, within a third or so: a start."""
+    """Return z with ``psi(z) = p``, within 2 %, for z <= 300: a start."""
+    # z = s - s^2/3 + ..., s^2 = 2p; log p - log log p + ...; the numbers make the error even
     root = math.sqrt(2.0 * p)
+    small = root / (1.0 + root * (0.31417 - 0.01483 * root))
     level = rough_log(p + 1.718)
-    large = level - rough_log(level)
-    large = large if large > 1.0 else 1.0
-    return root / (1.0 + root * (1 / 3)) if p < 1.0 else large
+    large = level - 1.0504 * rough_log(level) + 0.5934
+    return small if p < 8.0 else large
 
 
 @kernel
 def inverse_phi(excess):
-    """Return z with ``phi(z) = 1 + excess``, within a fifth or so: a start."""
+    """Return z with ``phi(z) = 1 + excess``, within 8 %, for 1e-6 <= z <= 300: a start."""
     level = rough_log(1.0 + (excess if excess > 1e-9 else 1e-9))
-    return level + rough_log(1.0 + level)
+    return 0.944 * level + 1.2 * rough_log(1.0 + level)
 
 
 # --- in ------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,15 +18,65 @@ __all__ = ["NOT_NEGATIVE", "POSITIVE", "Rule", "as_array", "check", "filled", "p
 Rule = tuple[str, Callable[[FloatArray], NDArray[np.bool_]]]
 POSITIVE: Rule = ("positive", lambda x: x > 0)
 NOT_NEGATIVE: Rule = ("at least 0", lambda x: x >= 0)
+# The smallest normal number, and one whose square is finite: as far as rounds and prices may go.
+_LEAST, _MOST = float(np.finfo(np.float64).tiny), 1e150
+_IN_RANGE: Rule = (
+    f"between {_LEAST:.1e} and {_MOST}",
+    lambda x: (x >= _LEAST) & (x <= _MOST),
+)
+_DOUBLE = np.dtype(np.float64)
+_NOT_REAL = (bool, np.bool_, str, bytes, complex, np.datetime64, np.timedelta64)
+_MOST_INT = int(np.finfo(np.float64).max)
 
 
 def as_array(name: str, value: ArrayLike) -> FloatArray:
     """Return ``value`` as a float array, or say why it is not one."""
+    # the two usual kinds in one step, for the sake of the single online decision
+    if type(value) is np.ndarray and value.dtype is _DOUBLE:
+        return value
+    if type(value) is float:
+        return np.array(value)
     try:
+        _check_kind(name, value)
         return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        message = f"{name} must be an array of real numbers, got {value!r}"
+    except InvalidInputError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        message = f"{name} must be an array of real numbers, got {_shown(value)}"
         raise InvalidInputError(message) from error
+
+
+def _check_kind(name: str, value: Any) -> None:
+    """Raise for what numpy makes numbers of in silence (masks, booleans, ...), or cannot."""
+    listed = isinstance(value, list | tuple)
+    for start, part in enumerate(value if listed else (value,)):
+        if isinstance(part, np.ma.MaskedArray) and np.ma.is_masked(part):
+            inner = tuple(int(i) for i in np.argwhere(np.ma.getmaskarray(part))[0])
+            index = (start, *inner) if listed else inner
+            raise InvalidInputError(f"{place(name, index)} must not be masked")
+    # a list that mixes booleans or strings with numbers shows them only element by element
+    array = np.asarray(value, dtype=object if listed else None)
+    if array.dtype.kind in "fiu" or (listed and set(map(type, array.ravel().tolist())) <= {float}):
+        return
+    for index, item in np.ndenumerate(array):
+        if isinstance(item, np.ma.MaskedArray):
+            raise InvalidInputError(f"{place(name, index)} must not be masked")
+        if isinstance(item, _NOT_REAL):
+            rule = "a real number" if index else "an array of real numbers"
+            item = item.item() if isinstance(item, np.generic) else item
+            raise InvalidInputError(f"{place(name, index)} must be {rule}, got {_shown(item)}")
+        if isinstance(item, int) and abs(item) > _MOST_INT:
+            raise InvalidInputError(f"{place(name, index)} must be finite, got {_shown(item)}")
+
+
+def _shown(value: object) -> str:
+    """Return a short text of any value; Python does not print integers beyond 4300 digits."""
+    if isinstance(value, int) and abs(value) > _MOST_INT:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return f"a {type(value).__name__}"
 
 
 def place(name: str, index: tuple[int, ...]) -> str:
@@ -43,8 +95,9 @@ def per_instance(name: str, value: ArrayLike, instances: int) -> FloatArray:
     """Check a positive quantity and broadcast it to [instance]."""
     array = as_array(name, value)
     # of one number in one step, for the sake of the single online decision
-    if not (array.size == 1 and 0.0 < array.item() < np.inf):
+    if not (array.size == 1 and _LEAST <= array.item() <= _MOST):
         check(name, array, POSITIVE)
+        check(name, array, _IN_RANGE)
     if array.ndim > 1 or (array.ndim == 1 and array.size not in (1, instances)):
         raise InvalidInputError(
             f"{name} must have shape [{instances}] or be a scalar, got shape {list(array.shape)}"

@@ -19,6 +19,9 @@ the system is nearly linear: six or seven iterations from the start below are ty
 Nothing here is trusted: an instance that has not converged, or whose certificate is not
 perfect, is solved again by the bracketed search in ``fdma.py``.
 
+Where every device has but one frequency, ``t = T - c/f`` is known: a device keeps one unknown, z,
+and its first equation.  Blocks of such instances have a start and a sweep of their own.
+
 A *block* has ``LANES`` columns and some rows of slots.  Either a column is an instance and a row
 a device (few devices), or the whole block is one instance, its devices laid out row by row.
 """
@@ -98,6 +101,7 @@ __all__ = ["least_energy", "weighted", "weighted_carefully"]
 _ITERATIONS = 40
 _CAREFUL = 600
 _GUESSES = 2
+_PINNED_GUESSES = 3
 
 
 @kernel
@@ -359,6 +363,27 @@ def _move_cell(cell, free_time):
 
 
 @kernel
+def _missed(cell):
+    """Return how far, relatively, the first guesses of any lane are from filling its band."""
+    worst = 0.0
+    for l in range(LANES):
+        far = abs(cell[B * LANES + l] / cell[BAND * LANES + l] - 1.0)
+        worst = far if far > worst else worst
+    return worst
+
+
+@kernel
+def _reprice(cell):
+    """Move the price by what the first guesses miss of the band, at the slope they answer with."""
+    for l in range(LANES):
+        b = cell[B * LANES + l]
+        far = log(b / cell[BAND * LANES + l])
+        step, _ = exp_pair(cut(far * b / (cell[B_L * LANES + l] + 0.02 * b), -4.0, 4.0))
+        cell[PRICE * LANES + l] *= step
+        cell[LAM * LANES + l] *= step
+
+
+@kernel
 def _restart(block, cell, rows, joined):
     """First guess of every unknown but the time."""
     for l in range(LANES):
@@ -421,20 +446,10 @@ def _restart(block, cell, rows, joined):
         if joined:
             total(cell, B)
             total(cell, B_L)
-        worst = 0.0
-        for l in range(LANES):
-            far = abs(cell[B * LANES + l] / cell[BAND * LANES + l] - 1.0)
-            worst = far if far > worst else worst
-        if guess > 0 and worst < 0.05:
+        if guess > 0 and _missed(cell) < 0.05:
             break
         if guess < _GUESSES - 1:
-            for l in range(LANES):
-                b = cell[B * LANES + l]
-                far = log(b / cell[BAND * LANES + l])
-                step = cut(far * b / (cell[B_L * LANES + l] + 0.02 * b), -4.0, 4.0)
-                step, _ = exp_pair(step)
-                cell[PRICE * LANES + l] *= step
-                cell[LAM * LANES + l] *= step
+            _reprice(cell)
 
 
 @kernel
@@ -474,6 +489,166 @@ def _iterate_fixed(block, cell, rows, joined):
 @entry
 def _iterate_free(block, cell, rows, joined):
     return _iterate(block, cell, rows, joined, True)
+
+
+# --- frequencies given -----------------------------------------------------------------------------
+
+# Fields that this iteration uses otherwise.
+_NEED = X_T  # a/t, bandwidth times z; 0 without payload
+_RATE = X_Y  # G/t
+_FILL = Y  # a/(PG t), share of t that full power needs in unlimited bandwidth
+
+
+@kernel
+def _pinned(block, rows):
+    """Return whether every device has but one frequency, to rounding: then t = T - c/f is known."""
+    for r in range(rows):
+        row = block[r * ROW : (r + 1) * ROW]
+        free = 0.0
+        for l in range(LANES):
+            fast = row[FAST * LANES + l]
+            free += row[WEIGHT * LANES + l] if row[SLOW * LANES + l] > fast * (1.0 + 1e-15) else 0.0
+        if free > 0.0:
+            return False
+    return True
+
+
+@kernel
+def _start_pinned(row, cell):
+    """Set what does not change; gather ``sum a/t`` and the mean of ``log(t/G)`` with that weight."""
+    for l in range(LANES):
+        time = cell[TIME * LANES + l]
+        fast = row[FAST * LANES + l]
+        t = time - fast
+        t = t if t > 1e-18 * time else 1e-18 * time
+        inv_t = 1.0 / t
+        w = fast * inv_t
+        need = row[WEIGHT * LANES + l] * row[A * LANES + l] * inv_t
+        rate = row[G * LANES + l] * inv_t
+        row[W * LANES + l] = w if w > 1e-18 else 1e-18
+        row[_NEED * LANES + l] = need
+        row[_RATE * LANES + l] = rate
+        row[_FILL * LANES + l] = row[LEAST * LANES + l] * inv_t
+        cell[B * LANES + l] += need
+        cell[B_L * LANES + l] -= need * rough_log(rate)
+
+
+@kernel
+def _answer_pinned(row, cell):
+    """First guess of each z at the price, and of how the sum of bandwidths answers to it."""
+    for l in range(LANES):
+        priced = inverse_psi(cell[LAM * LANES + l] * row[_RATE * LANES + l])
+        powered = inverse_phi(1.0 / row[_FILL * LANES + l] - 1.0)
+        z = priced if priced < powered else powered
+        inverse = 1.0 / (z * (2.0 + z))
+        inv_z = (2.0 + z) * inverse
+        b = row[_NEED * LANES + l] * inv_z
+        row[Z * LANES + l] = z
+        row[INV_Z * LANES + l] = inv_z
+        cell[B * LANES + l] += b
+        cell[B_L * LANES + l] += b * z * inverse if priced < powered else 0.0
+
+
+@kernel
+def _evaluate_pinned(row, cell):
+    """As ``_evaluate`` where t is known: one unknown a device."""
+    for l in range(LANES):
+        z = row[Z * LANES + l]
+        e, expm1 = exp_pair(z)
+        p = psi(z, expm1)
+        target = cell[LAM * LANES + l] * row[_RATE * LANES + l]
+        filled = row[_FILL * LANES + l] * expm1
+        # the equation nearer to being violated holds: psi t = lam G or phi a/(PG) = t
+        full = p * z < filled * target
+        n = filled if full else p
+        d = z if full else target
+        # slope of the logarithm in x
+        up = p if full else z * z * e
+        down = expm1 if full else p
+        turn = down / ((n + d) * up)
+        x = 2.0 * (d - n) * turn
+        x_l = 0.0 if full else (n + d) * turn
+        row[X * LANES + l] = x
+        row[X_L * LANES + l] = x_l
+        b = row[_NEED * LANES + l] * row[INV_Z * LANES + l]
+        b_0 = cut(-x, -1.0, 1.0)
+        cell[BOUND * LANES + l] += b * (1.0 + b_0 + 0.5 * b_0 * b_0) if full else 0.0
+        cell[B * LANES + l] += 0.0 if full else b
+        cell[B_0 * LANES + l] += 0.0 if full else b * b_0
+        cell[B_L * LANES + l] -= b * x_l
+
+
+@kernel
+def _advance_pinned(row, cell):
+    """Take the step, as ``_advance`` does."""
+    for l in range(LANES):
+        x = row[X * LANES + l] + row[X_L * LANES + l] * cell[DL * LANES + l]
+        inv_z = row[INV_Z * LANES + l]
+        most = CUT * inv_z
+        most = most if most < CUT else CUT
+        x = cut(x, -most, most)
+        scale = 1.0 / (4.0 - x * x)
+        z = row[Z * LANES + l] * (2.0 + x) * (2.0 + x) * scale
+        inv_z = inv_z * (2.0 - x) * (2.0 - x) * scale
+        row[Z * LANES + l] = z if z < 300.0 else 300.0
+        row[INV_Z * LANES + l] = inv_z if z < 300.0 else 1.0 / 300.0
+        moved = abs(x) * (1.0 + z)
+        worst = cell[WORST * LANES + l]
+        cell[WORST * LANES + l] = worst if worst > moved else moved
+
+
+@entry
+def _iterate_pinned(block, cell, rows, joined):
+    """As ``_iterate`` for least energy where every t is known."""
+    for l in range(LANES):
+        cell[INV_T * LANES + l] = 1.0 / cell[TIME * LANES + l]
+        cell[B * LANES + l] = 0.0
+        cell[B_L * LANES + l] = 0.0
+    for r in range(rows):
+        _start_pinned(block[r * ROW : (r + 1) * ROW], cell)
+    if joined:
+        total(cell, B)
+        total(cell, B_L)
+    for l in range(LANES):
+        # the price at which devices of one and the same z would fill the band
+        z = cut(cell[B * LANES + l] / cell[BAND * LANES + l], 1e-9, 100.0)
+        _, expm1 = exp_pair(z)
+        mean, _ = exp_pair(cell[B_L * LANES + l] / cell[B * LANES + l])
+        cell[LAM * LANES + l] = psi(z, expm1) * mean
+    for guess in range(_PINNED_GUESSES):
+        for l in range(LANES):
+            cell[B * LANES + l] = 0.0
+            cell[B_L * LANES + l] = 0.0
+        for r in range(rows):
+            _answer_pinned(block[r * ROW : (r + 1) * ROW], cell)
+        if joined:
+            total(cell, B)
+            total(cell, B_L)
+        if guess == _PINNED_GUESSES - 1 or _missed(cell) < 0.1:
+            break
+        _reprice(cell)
+    sweeps = 0
+    while sweeps < _ITERATIONS:
+        sweeps += 1
+        for l in range(LANES * BOUND, LANES * CELL):
+            cell[l] = 0.0
+        for r in range(rows):
+            _evaluate_pinned(block[r * ROW : (r + 1) * ROW], cell)
+        if joined:
+            total(cell, BOUND)
+            total(cell, B)
+            total(cell, B_0)
+            total(cell, B_L)
+        _move_cell(cell, False)
+        for r in range(rows):
+            _advance_pinned(block[r * ROW : (r + 1) * ROW], cell)
+        worst = 0.0
+        for l in range(LANES):
+            # not the built-in max: NaN must not pass for converged
+            worst = worst if worst > cell[WORST * LANES + l] else cell[WORST * LANES + l]
+        if worst <= CLOSE:
+            break
+    return sweeps
 
 
 @kernel
@@ -539,6 +714,8 @@ def _solve(device, cell, target, points, scalars, free_time):
         if free_time:
             _first_times(cells)
             sweeps += _iterate_free(block, cells, rows, not lanes) * width
+        elif _pinned(block, rows):
+            sweeps += _iterate_pinned(block, cells, rows, not lanes) * width
         else:
             sweeps += _iterate_fixed(block, cells, rows, not lanes) * width
         if not lanes and not all_close(cells):

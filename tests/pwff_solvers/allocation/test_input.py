@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -53,11 +54,62 @@ GOOD = {
          "work_cycles must have 2 along the device axis like payload_bit, got shape [3]"),
         ({"bandwidth_hz": [[1e6]]}, "bandwidth_hz must broadcast to [instance], got shape [1, 1]"),
         ({"gain": "loud"}, "gain must be an array of real numbers, got 'loud'"),
+        ({"gain": ["1e-10", "1e-11"]}, "gain[0] must be a real number, got '1e-10'"),
+        ({"gain": [1e-10, "1e-11"]}, "gain[1] must be a real number, got '1e-11'"),
+        ({"gain": np.array([["a", "b"]])}, "gain[0, 0] must be a real number, got 'a'"),
+        ({"gain": b"1"}, "gain must be an array of real numbers, got b'1'"),
+        ({"gain": 1j}, "gain must be an array of real numbers, got 1j"),
+        ({"gain": {1.0}}, "gain must be an array of real numbers, got {1.0}"),
+        ({"gain": [[1e-10], [1e-10, 1e-11]]}, "gain must be an array of real numbers, got [["),
+        ({"kappa": True}, "kappa must be an array of real numbers, got True"),
+        ({"kappa": [1e-28, False]}, "kappa[1] must be a real number, got False"),
+        ({"kappa": np.array([[True, False]])}, "kappa[0, 0] must be a real number, got True"),
+        ({"bandwidth_hz": 10**400}, "bandwidth_hz must be finite, got an integer of 1329 bits"),
+        ({"work_cycles": [[1, 10**5000]]}, "work_cycles[0, 1] must be finite, got an integer of"),
+        ({"gain": np.ma.array([[1e-10, 1e-11]], mask=[[False, True]])},
+         "gain[0, 1] must not be masked"),
+        ({"gain": [np.ma.array([1e-10, 1e-11], mask=[False, True])]},
+         "gain[0, 1] must not be masked"),
+        ({"gain": [[1e-10, np.ma.masked]]}, "gain[0, 1] must not be masked"),
+        ({"bandwidth_hz": np.ma.masked}, "bandwidth_hz must not be masked"),
+        ({"gain": 1e-300, "noise_psd_w_per_hz": 1e300},
+         "gain[0, 0] = 1e-300 and noise_psd_w_per_hz[0] = 1e+300 must give a positive, finite "
+         "G = h/N0, got 0.0"),
+        ({"power_max_w": [0.1, 1e-300], "payload_bit": 1e300},
+         "payload_bit[0, 1] = 1e+300, power_max_w[0, 1] = 1e-300, gain[0, 1] = 1e-11 and "
+         "noise_psd_w_per_hz[0] = 4e-21 must give a positive, finite a/(P G), got inf"),
+        ({"bandwidth_hz": 1e-300, "gain": 1e30},
+         "power_max_w[0, 0] = 0.1, gain[0, 0] = 1e+30, noise_psd_w_per_hz[0] = 4e-21 and "
+         "bandwidth_hz[0] = 1e-300 must give a positive, finite P G/B, got inf"),
+        ({"work_cycles": 1e300, "frequency_max_hz": 1e-100},
+         "work_cycles[0, 0] = 1e+300 and frequency_max_hz[0, 0] = 1e-100 must give a positive, "
+         "finite c/f_max, got inf"),
+        ({"work_cycles": [1e9, 1e150]},
+         "kappa[0, 1] = 1e-28 and work_cycles[0, 1] = 1e+150 must give a positive, finite "
+         "kappa c^3, got inf"),
+        ({"work_cycles": 1e-10, "kappa": 1e-320}, "kappa[0, 0] = 1e-320 and work_cycles[0, 0]"),
     ],
 )  # fmt: skip
 def test_bad_batch(change, message):
     with pytest.raises(InvalidInputError, match="^" + re.escape(message)):
         Batch(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"work_cycles": 10**9, "gain": [Fraction(1, 10**10), 1e-11]},
+        {"power_max_w": np.float32(0.1), "kappa": np.array([0, 0])},
+        {"gain": np.ma.array([1e-10, 1e-11]), "payload_bit": ([1e5, 2e5],)},
+        # far out, but every quantity made of several is a number
+        {"gain": 1e-90, "noise_psd_w_per_hz": 4e-101},
+        {"payload_bit": [0.0, 1e-80], "work_cycles": 0.0, "kappa": 1e200},
+    ],
+)
+def test_unusual_numbers_are_taken(change):
+    batch = Batch(**{**GOOD, **change})
+    for access in ("fdma", "tdma"):
+        assert np.isfinite(solve(batch, Shortest(), access).round_s).all()
 
 
 def test_bad_objective_and_access():
@@ -68,6 +120,14 @@ def test_bad_objective_and_access():
         (Weighted(0.0), "price_of_time_w must be positive, got 0.0"),
         (Weighted([np.nan]), r"price_of_time_w\[0\] must be finite, got nan"),
         ("cheap", "objective must be Shortest"),
+        (LeastEnergy(True), "round_s must be an array of real numbers, got True"),
+        (LeastEnergy("5"), "round_s must be an array of real numbers, got '5'"),
+        (LeastEnergy(10**400), "round_s must be finite, got an integer of 1329 bits"),
+        (LeastEnergy(1e300), r"round_s must be between 2.2e-308 and 1e\+150, got 1e\+300"),
+        (LeastEnergy(np.ma.masked), "round_s must not be masked"),
+        (Weighted([False]), r"price_of_time_w\[0\] must be a real number, got False"),
+        (Weighted(np.ma.array([1.0], mask=[1])), r"price_of_time_w\[0\] must not be masked"),
+        (Weighted([1e-320]), r"price_of_time_w\[0\] must be between 2.2e-308 and 1e\+150"),
     ):
         with pytest.raises(InvalidInputError, match=message):
             solve(batch, objective)

@@ -13,7 +13,16 @@ from allocation_cells import random_arguments, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pwff_solvers.allocation import Batch, LeastEnergy, Shortest, Status, Weighted, solve
+from pwff_solvers.allocation import (
+    Batch,
+    LeastEnergy,
+    Shortest,
+    Status,
+    Weighted,
+    newton,
+    solve,
+)
+from pwff_solvers.allocation.block import inverse_phi, inverse_psi
 from pwff_solvers.allocation.elementary import (
     COMPILED,
     cbrt,
@@ -55,6 +64,25 @@ def test_elementary_functions_to_the_last_digits():
         np.testing.assert_allclose(mine, theirs, rtol=2e-15, atol=5e-100)
     np.testing.assert_allclose(out[5], np.log(y), atol=0.01)
     np.testing.assert_allclose(out[6], np.exp(x), rtol=0.1)
+
+
+@entry
+def _starts(psi, excess, out):
+    for i in range(psi.size):
+        out[0, i] = inverse_psi(psi[i])
+        out[1, i] = inverse_phi(excess[i])
+
+
+@compiled
+def test_inverse_functions_are_near_enough_to_start_from():
+    z = np.geomspace(1e-6, 300.0, 20_001)
+    series = z**2 * (1 / 2 + z * (1 / 3 + z * (1 / 8 + z / 30)))
+    psi = np.where(z < 0.01, series, 1.0 + (z - 1.0) * np.exp(z))
+    out = np.empty((2, z.size))
+    _starts(psi, np.expm1(z) / z - 1.0, out)
+    np.testing.assert_allclose(out[0], z, rtol=0.02)
+    large = z > 1e-4  # expm1(z)/z - 1 cancels below
+    np.testing.assert_allclose(out[1][large], z[large], rtol=0.08)
 
 
 def _certify(result, count, least=1.0):
@@ -179,14 +207,81 @@ def test_twenty_thousand_devices():
         _certify(result, 1)
 
 
+def _one_frequency(rng, instances, devices, decades=3.0, floor=1.0, **how):
+    """Arguments of a batch whose least frequencies are ``floor`` times the largest."""
+    how = {"floors": False, **how}
+    given_ = random_arguments(rng, instances, devices, decades, **how)
+    return {**given_, "frequency_min_hz": floor * given_["frequency_max_hz"]}
+
+
 def test_one_frequency_only():
     """Frequency fixed: the least frequency is the largest."""
-    given_ = random_arguments(np.random.default_rng(4), 50, 8, floors=False)
-    batch = Batch(**{**given_, "frequency_min_hz": given_["frequency_max_hz"]})
+    batch = Batch(**_one_frequency(np.random.default_rng(4), 50, 8))
     shortest = solve(batch, Shortest())
     result = solve(batch, LeastEnergy(2.0 * shortest.round_s))
     _certify(result, 50)
     np.testing.assert_array_equal(result.frequency_hz, batch.frequency_max_hz)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("devices", [1, 2, 7, 16, 60])
+@pytest.mark.parametrize("factor", [1.0 + 1e-5, 1.01, 1.5, 30.0])
+def test_one_frequency_is_the_limit_of_two(devices, factor, zeros):
+    """A least frequency just below the largest takes the general iteration."""
+    rng = [np.random.default_rng(devices) for _ in range(2)]
+    one = Batch(**_one_frequency(rng[0], 40, devices, 6.0, zeros=zeros))
+    two = Batch(**_one_frequency(rng[1], 40, devices, 6.0, 1.0 / (1.0 + 1e-9), zeros=zeros))
+    target = LeastEnergy(0.01 + factor * (solve(one, Shortest()).round_s - 0.01))
+    a, b = solve(one, target), solve(two, target)
+    _certify(a, 40)
+    _certify(b, 40)
+    np.testing.assert_allclose(a.energy_j, b.energy_j, rtol=1e-8)
+    np.testing.assert_array_equal(a.frequency_hz, one.frequency_max_hz)
+    full = a.power_w >= one.power_max_w * (1.0 - 1e-9)
+    assert full.any() or factor > 1.01 or devices == 1
+    if factor > 1.0 + 1e-5:
+        np.testing.assert_allclose(a.bandwidth_hz, b.bandwidth_hz, rtol=1e-5)
+        np.testing.assert_allclose(a.power_w, b.power_w, rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [6, 200])
+def test_one_frequency_beside_many(devices):
+    """Instances of both kinds in one block, and devices that only compute at a free speed."""
+    given_ = random_arguments(np.random.default_rng(6), 24, devices, floors=False, zeros=True)
+    f_max = given_["frequency_max_hz"]
+    held = (np.arange(24) % 3 != 0)[:, None] & (given_["payload_bit"] > 0)
+    batch = Batch(**{**given_, "frequency_min_hz": np.where(held, f_max, 0.1 * f_max)})
+    round_s = 2.0 * solve(batch, Shortest()).round_s
+    together = solve(batch, LeastEnergy(round_s))
+    _certify(together, 24)
+    np.testing.assert_array_equal(together.frequency_hz[held], batch.frequency_max_hz[held])
+    rows = np.argsort(np.arange(24) % 3 == 0, kind="stable")  # those of one frequency first
+    sorted_ = solve(batch.take(rows), LeastEnergy(round_s[rows]))
+    for name in ("energy_j", "bandwidth_hz", "power_w", "frequency_hz"):
+        theirs = getattr(together, name)[rows]
+        np.testing.assert_allclose(getattr(sorted_, name), theirs, rtol=1e-7, err_msg=name)
+
+
+@compiled
+def test_twenty_thousand_cells_of_one_frequency_are_all_certified():
+    rng = np.random.default_rng(20_000)
+    converged, sweeps = 0.0, 0
+    for _ in range(40):
+        devices = int(rng.integers(1, 51))
+        zeros = bool(rng.integers(2))
+        batch = Batch(**_one_frequency(rng, 500, devices, 10.0, zeros=zeros))
+        shortest = solve(batch, Shortest()).round_s
+        factor = np.exp(rng.uniform(np.log(1.02), np.log(100.0), 500))
+        round_s = 0.01 + (shortest - 0.01) * factor
+        gap, violation = _certify(solve(batch, LeastEnergy(round_s)), 500)
+        assert gap <= 1e-8
+        assert violation <= 1e-9
+        # the search would hide an iteration that fails
+        room, scalars = np.empty((500, 6, devices)), np.zeros((500, 5))
+        sweeps += newton.least_energy(batch.device, batch.cell, round_s, room, scalars)
+        converged += scalars[:, 0].sum()
+    assert converged >= 0.995 * 20_000
+    assert sweeps <= 5 * 20_000
 
 
 _FALLBACK = """

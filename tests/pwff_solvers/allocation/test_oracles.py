@@ -63,6 +63,15 @@ def test_least_energy_against_cvxpy_at_our_frequencies():
     np.testing.assert_allclose(ours.energy_j, theirs.energy_j, rtol=2e-6)
 
 
+@pytest.mark.parametrize("factor", [1.05, 2.0])
+def test_one_frequency_against_cvxpy(factor):
+    batch = random_batch(np.random.default_rng(5), 12, 5, floors=False)
+    batch = batch.replace(frequency_min_hz=batch.frequency_max_hz)
+    target = LeastEnergy(factor * solve(batch, Shortest()).round_s)
+    theirs = solve_cvxpy(batch, target, frequency_hz=batch.frequency_max_hz)
+    np.testing.assert_allclose(solve(batch, target).energy_j, theirs.energy_j, rtol=2e-6)
+
+
 @pytest.mark.parametrize("name", ["least", "weighted", "shortest"])
 def test_joint_problem_against_cvxpy(name):
     batch = random_batch(np.random.default_rng(1), 3, 3, decades=2.0)
@@ -109,6 +118,56 @@ def test_tdma_against_cvxpy(name):
             theirs.energy_j + price * theirs.round_s,
             rtol=2e-6,
         )
+
+
+def ipopt(batch, round_s, price_w=0.0):
+    """Least energy [J] of the first instance by IPOPT, or with a price energy + price x round [J].
+
+    From the definition, in logarithms of b/B, t/round_s and f/F, with a price that of the round too
+    (``round_s`` is its first guess); p follows from the rate.  In logarithms the constraints have
+    slopes near 1: as they are IPOPT's own scaling loosens them, and it ends 1e-4 off.
+    """
+    casadi = pytest.importorskip("casadi")
+    devices, band, delay = batch.devices, batch.bandwidth_hz[0], batch.fixed_delay_s[0]
+    a, g = batch.payload_bit[0] * np.log(2), batch.gain[0] / batch.noise_psd_w_per_hz[0]
+    power, kappa = batch.power_max_w[0], batch.kappa[0]
+    work, f_max = batch.work_cycles[0], batch.frequency_max_hz[0]
+    x = casadi.SX.sym("x", 3 * devices + 1)
+    b, t = band * casadi.exp(x[:devices]), round_s * casadi.exp(x[devices : 2 * devices])
+    f, whole = f_max * casadi.exp(x[2 * devices : -1]), round_s * casadi.exp(x[-1])
+    p = b * (casadi.exp(a / (b * t)) - 1) / g
+    value = casadi.sum1(p * t + kappa * work * f**2 + batch.fixed_energy_j[0]) + price_w * whole
+    rules = casadi.log(
+        casadi.vertcat(casadi.sum1(b) / band, p / power, (t + work / f + delay) / whole)
+    )
+    unit_j = float((kappa * work * f_max**2).sum() + price_w * round_s)
+    solver = casadi.nlpsol(
+        "solver", "ipopt", {"x": x, "f": value / unit_j, "g": rules},
+        {"print_time": False, "ipopt": {
+            "print_level": 0, "sb": "yes", "tol": 1e-12, "nlp_scaling_method": "none"}},
+    )  # fmt: skip
+    slow = np.log(np.maximum(batch.frequency_min_hz[0] / f_max, 1e-9))
+    stretch = [20.0 if price_w else 0.0]
+    low = np.concatenate([np.full(2 * devices, -30.0), slow, np.negative(stretch)])
+    high = np.concatenate([np.zeros(devices), np.full(devices, 20.0), np.zeros(devices), stretch])
+    half = np.log(0.5 * (round_s - delay - work / f_max) / round_s)
+    start = np.concatenate([np.full(devices, -np.log(devices)), half, np.zeros(devices + 1)])
+    found = solver(x0=start, lbx=low, ubx=high, lbg=-np.inf, ubg=0.0)
+    assert solver.stats()["success"], solver.stats()["return_status"]
+    return float(found["f"]) * unit_j
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 5, 7, 10, 13, 17, 20])
+def test_against_ipopt(devices):
+    rng = np.random.default_rng(devices)
+    batch = random_batch(rng, 1, devices)
+    round_s = rng.uniform(1.2, 5.0) * solve(batch, Shortest()).round_s[0]
+    ours = solve(batch, LeastEnergy(round_s))
+    assert ipopt(batch, round_s) == pytest.approx(ours.energy_j[0], rel=1e-7)
+    price = 3.0 * max(ours.price_of_time_w[0], 1e-3)
+    ours = solve(batch, Weighted(price))
+    value = ours.energy_j[0] + price * ours.round_s[0]
+    assert ipopt(batch, round_s, price) == pytest.approx(value, rel=1e-7)
 
 
 @pytest.mark.parametrize("seed", range(3))
