@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+FLOWER := .venv-flower/.ready
 TRAININGS ?= 24
 
 .DEFAULT_GOAL := help
@@ -37,11 +38,19 @@ check: $(READY)  ## lint, types, import arrows
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: $(READY)  ## all benchmarks; each prints a table and writes benchmarks/results/NAME.json
+bench: $(READY) $(FLOWER)  ## all benchmarks; each prints a table and writes benchmarks/results/NAME.json
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 bench-%: $(READY)  ## one benchmark
 	$(BIN)/python benchmarks/bench_$*.py
+
+bench-trainer: $(FLOWER)  # Flower, a rival, needs an environment of its own: its pins are strict
+
+$(FLOWER): benchmarks/flower-requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(@D)/bin/pip install --quiet --requirement $<
+	@touch $@
 
 alternation: $(READY)  ## the literature's block-alternating allocation against the optimum, a figure (a minute)
 	$(BIN)/python studies/run_alternation.py --out runs/alternation
@@ -54,5 +63,5 @@ dist: $(READY)  ## wheel and source package in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove the environment, caches and packages (never runs/)
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-flower dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

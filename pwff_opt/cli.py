@@ -164,6 +164,7 @@ def _search(run: RunFolder, scenario: Scenario, trainings: int) -> None:
         trainings=trainings,
         majority=data.majority,
         majority_per_device=data.majority_per_device,
+        epsilon=data.epsilon,
         workload={
             "classes": evaluator.workload.classes,
             "mean_tokens": evaluator.workload.mean_tokens.tolist(),
@@ -175,6 +176,11 @@ def _search(run: RunFolder, scenario: Scenario, trainings: int) -> None:
         f"{data.sentences} texts of {len(data.domains)} domain(s), {len(data.classes)} classes; "
         f"always the most common class scores {data.majority:.3f}"
     )
+    if data.epsilon is not None:
+        console.print(
+            f"shared blocks are ({data.epsilon:.2f}, {scenario.aggregation.privacy_delta:g})-private for "
+            "each device over all rounds; validation and test accuracies are not"
+        )
     known = len(journal)
     if known:
         console.print(f"continuing {run.path}: {known} schedules are in its journal")

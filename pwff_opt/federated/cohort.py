@@ -53,10 +53,11 @@ class Cohort:
         self._backbone, self._tokens, self._labels = backbone, tokens, labels
         self._batch = training.batch_size
         self._pieces = 1
-        # Heads last: they have a learning rate of their own.
+        # Heads last: they have a learning rate of their own. By name, not as they come: where a number
+        # lies in the vector can show in its last bit, and a checkpoint keeps no order.
         places = sorted(
             ((k, name) for k, own in enumerate(blocks) for name in own if learns(name)),
-            key=lambda place: layer_of(place[1]) is None,
+            key=lambda place: (layer_of(place[1]) is None, *place),
         )
         tensors = [blocks[k][name] for k, name in places]
         sizes = [tensor.numel() for tensor in tensors]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from pwff_opt.federated.data import load_corpus
 from pwff_opt.federated.exchange import State
 from pwff_opt.federated.export import save_device_model
 from pwff_opt.federated.partition import Shard, partition
+from pwff_opt.federated.privacy import spent_epsilon
 from pwff_opt.federated.tokens import tokenise
 from pwff_opt.federated.trainer import Trainer
 from pwff_opt.models import model_config, model_source
@@ -38,6 +39,9 @@ class Summary:
     """Test accuracy of always naming the class most common in all training data, mean over devices."""
     majority_per_device: float
     """The same, each device naming its own most common class."""
+    epsilon: float | None = None
+    """Where noise is added, what all rounds spend of (epsilon, aggregation.privacy_delta)-privacy of a
+    device, as to the shared blocks; accuracies that are published spend more."""
 
 
 class FederatedEvaluator:
@@ -113,7 +117,10 @@ class FederatedEvaluator:
             scenario, self.backbone, self.tokens, labels, self.shards, workers=workers
         )
         self.labels = labels
-        self.summary = _summary(corpus.class_names, corpus.domain_names, labels, self.shards)
+        self.summary = replace(
+            _summary(corpus.class_names, corpus.domain_names, labels, self.shards),
+            epsilon=_epsilon(scenario),
+        )
 
     @property
     def workload(self) -> Workload:
@@ -200,4 +207,17 @@ def _summary(
         majority_per_device=float(
             np.mean([shares[own.argmax()] for shares, own in zip(test, train, strict=True)])
         ),
+    )
+
+
+def _epsilon(scenario: Scenario) -> float | None:
+    table = scenario.aggregation
+    if not table.noise_multiplier > 0:
+        return None
+    return spent_epsilon(
+        noise_multiplier=table.noise_multiplier,
+        rounds=scenario.training.rounds,
+        devices_per_round=table.devices_per_round,
+        devices=len(scenario.devices),
+        delta=table.privacy_delta,
     )

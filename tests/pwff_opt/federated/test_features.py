@@ -1,0 +1,93 @@
+"""Cached activations are what a full pass gives, however the blocks below have changed meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pwff_opt.decision import Schedule
+from pwff_opt.federated.backbone import Stack
+from pwff_opt.federated.evaluator import FederatedEvaluator
+from pwff_opt.federated.features import Level
+from pwff_opt.federated.tokens import Packed
+from pwff_opt.scenario import Scenario
+
+SCHEDULES = [
+    "1x2:ffa",
+    "1x2:paa 2x2:ffa",  # frozen layers with blocks of the device's own below
+    "1x2:paa 1x4:ffp",  # whose LoRA changes its rank
+    "1x0:paa 2x0:fpa",
+    "1x2:paa 2x2:fff",
+    "1x2:ffa",
+]
+
+
+def hidden(evaluator: FederatedEvaluator, schedule: Schedule, device: int) -> tuple[Any, Any]:
+    """Return the activations that the last round's training starts from, cached and computed."""
+    trainer, backbone = evaluator.trainer, evaluator.backbone
+    state, _ = evaluator._trained(schedule)
+    decision = schedule.rounds[-1]
+    level = trainer._level(decision)
+    own, batch = state.devices[device], evaluator.shards[device].validation
+    scale = trainer._scale(decision.ranks[device])
+    packed = Packed.of(evaluator.tokens, [batch])
+    with torch.inference_mode():
+        cached = trainer.features.start(level, [device], [batch], [own], [scale], 1.0)
+        whole = backbone.run(
+            packed,
+            Stack([own], [scale]),
+            backbone.embed(packed),
+            stop=level.layer,
+            completed=level.completed,
+        )
+    return cached.hidden, whole
+
+
+@pytest.mark.parametrize("budget", [4e9, 0.0])
+def test_never_stale(small: Scenario, tmp_path: Path, budget: float) -> None:
+    scenario = replace(small, training=replace(small.training, feature_cache_byte=budget))
+    evaluator = FederatedEvaluator(scenario, tmp_path)
+    for text in (*SCHEDULES, *reversed(SCHEDULES)):
+        for device in (0, 2):
+            cached, whole = hidden(evaluator, Schedule.parse(text, devices=3), device)
+            torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_files_hold_what_memory_would(small: Scenario, tmp_path: Path) -> None:
+    """Bit for bit; and files leave nothing behind."""
+    schedule = Schedule.parse("1x2:paa 2x2:ffa", devices=3)
+    results = []
+    for name, budget in (("memory", 4e9), ("files", 0.0)):
+        scenario = replace(small, training=replace(small.training, feature_cache_byte=budget))
+        evaluator = FederatedEvaluator(scenario, tmp_path / name)
+        results.append(evaluator._trained(schedule))
+    for own, other in zip(results[0][0].devices, results[1][0].devices, strict=True):
+        for key, tensor in own.items():
+            assert torch.equal(tensor, other[key])
+    assert results[0][1] == results[1][1]
+
+
+def test_the_base_models_activations_are_computed_once(
+    small: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluator = FederatedEvaluator(small, tmp_path)
+    schedule = Schedule.parse("3x2:ffa", devices=3)
+    evaluator.train(schedule)
+    evaluator.test(schedule)
+    known = evaluator.trainer.features._base[Level(2)].known
+    assert known[evaluator.shards[0].validation].all()
+    assert known[evaluator.shards[0].test].all()
+    passes = []
+    embed = type(evaluator.backbone).embed
+    monkeypatch.setattr(
+        type(evaluator.backbone), "embed", lambda *args: passes.append(1) or embed(*args)
+    )
+    evaluator._folder = tmp_path / "again"
+    evaluator.train(schedule)
+    assert not passes
+    evaluator.train(Schedule.parse("3x2:faa", devices=3))  # another level
+    assert passes
