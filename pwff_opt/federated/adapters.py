@@ -1,4 +1,4 @@
-"""Bottleneck adapters, and the list of transformer layers they are attached to."""
+"""The bottleneck adapter, pooling by the mean, and where a model keeps its layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ class BottleneckAdapter(nn.Module):
         super().__init__()
         self.down = nn.Linear(hidden, width)
         self.up = nn.Linear(width, hidden)
-        self.enabled = True
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
@@ -85,23 +84,3 @@ def transformer_layers(model: Any) -> tuple[nn.Module, str]:
             f"(config.num_hidden_layers), found {len(found)} in {type(model).__name__}"
         )
     return found[0]
-
-
-def _apply_adapter(layer: Any, _args: Any, output: Any) -> Any:
-    adapter = layer.adapter
-    if not adapter.enabled:
-        return output
-    if isinstance(output, tuple):
-        return (adapter(output[0]), *output[1:])
-    return adapter(output)
-
-
-def attach_adapters(model: Any, width: int) -> list[BottleneckAdapter]:
-    """Register an adapter as ``layer.adapter`` on every transformer layer; return them in order."""
-    parent, name = transformer_layers(model)
-    adapters = []
-    for layer in getattr(parent, name):
-        layer.adapter = BottleneckAdapter(model.config.hidden_size, width)
-        layer.register_forward_hook(_apply_adapter)
-        adapters.append(layer.adapter)
-    return adapters

@@ -141,6 +141,18 @@ _ORANGE = {
     "reuters-r8": ("reuters-r8-train.tab", "reuters-r8-test.tab"),
     "20newsgroups": ("20newsgroups-train.tab", "20newsgroups-test.tab"),
 }
+# By subject, as Lang's collection is usually divided; misc.forsale, which would make a domain of one
+# class, goes with rec.
+_SUBJECTS = {
+    "alt": "religion",
+    "comp": "comp",
+    "misc": "rec",
+    "rec": "rec",
+    "sci": "sci",
+    "soc": "religion",
+    "talk.politics": "politics",
+    "talk.religion": "religion",
+}
 
 
 def _orange(source: str) -> Corpus:
@@ -160,7 +172,17 @@ def _orange(source: str) -> Corpus:
             header = [next(reader) for _ in range(3)]  # names, types, roles
             label, text = header[2].index("class"), header[1].index("string")
             rows += [(row[text], row[label]) for row in reader if len(row) > max(text, label)]
-    return _corpus([row[0] for row in rows], [row[1] for row in rows], None)
+    # Some texts come twice: one in two parts would leak from one to the other. The first stays.
+    once: dict[str, str] = {}
+    for words, group in rows:
+        once.setdefault(words, group)
+    labels = list(once.values())
+    domains = [_subject(group) for group in labels] if source == "20newsgroups" else None
+    return _corpus(list(once), labels, domains)
+
+
+def _subject(newsgroup: str) -> str:
+    return next(name for start, name in _SUBJECTS.items() if newsgroup.startswith(f"{start}."))
 
 
 # -- Anything with a text and a label column --------------------------------------------------------

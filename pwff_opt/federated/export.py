@@ -1,4 +1,4 @@
-"""A device's model as files that plain transformers and peft load, with our adapter class."""
+"""A device's model as two adapters that peft loads: LoRA with the head, and bottleneck adapters."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel, TaskType, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pwff_opt.errors import ModelError
-from pwff_opt.federated.adapters import attach_adapters, pool_by_mean
+from pwff_opt.federated.adapters import pool_by_mean
 from pwff_opt.federated.backbone import load_classifier, lora_config
 from pwff_opt.federated.blocks import Tensors, lora_scale
 from pwff_opt.federated.families import HEADS
+from pwff_opt.federated.peft_bottleneck import BottleneckConfig
 from pwff_opt.scenario import Peft
 
-ADAPTER_WEIGHTS = "bottleneck_adapters.safetensors"
-ADAPTER_CONFIG = "bottleneck_adapters.json"
+LORA = "lora"
+BOTTLENECK = "bottleneck"
+INFO = "device.json"
 
 
 def save_device_model(
@@ -34,17 +35,31 @@ def save_device_model(
     class_names: Sequence[str],
     peft: Peft,
 ) -> None:
-    """Write one device's blocks: LoRA and head as a peft adapter, bottleneck adapters beside it.
+    """Write one device's blocks as two peft adapters, and what else the model needs as a JSON file.
 
-    ``adapter_config.json`` and ``adapter_model.safetensors`` are peft's own; a device without LoRA
-    has a rank-1 LoRA of zeros there, so that the head still travels peft's way.
+    Both folders are always there, so that every device loads in the same way: a device without LoRA
+    has one of rank 1, one without bottleneck adapters one of width 1, and they are zero.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    model = load_classifier(source, classes=len(class_names))
+    info = {
+        "model": source,
+        "classes": list(class_names),
+        "pooling": pooling,
+        "pad_token_id": model.config.pad_token_id,
+    }
+    lora = _with_lora(model, blocks, family, peft)
+    lora.save_pretrained(folder / LORA)
+    _with_bottlenecks(lora.unload(), blocks).save_pretrained(folder / BOTTLENECK)
+    (folder / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_lora(model: Any, blocks: Tensors, family: str, peft: Peft) -> PeftModel:
+    """Return the model with a device's LoRA and head."""
     factors = _factors(blocks, peft)
     ranks = {name: len(a) for name, (a, _) in factors.items()}
     rank = max(ranks.values(), default=1)
     others = {_pattern(name): r for name, r in ranks.items() if r != rank}
-    model = load_classifier(source, classes=len(class_names))
     head = HEADS[family]
     config = lora_config(
         family,
@@ -57,38 +72,45 @@ def save_device_model(
         alpha_pattern=others,
     )
     peft_model = get_peft_model(model, config)
-    named = dict(peft_model.named_parameters())
+    values = {
+        rf"{_pattern(name)}\.lora_{factor}\.default\.weight": tensor
+        for name, pair in factors.items()
+        for factor, tensor in zip("AB", pair, strict=True)
+    } | {
+        rf"\.{head}\.modules_to_save\.default\.{name.split('.')[1]}": tensor
+        for name, tensor in blocks.items()
+        if name.startswith("head.")
+    }
+    _fill(peft_model, values, blank=".lora_")
+    return peft_model
+
+
+def _with_bottlenecks(model: Any, blocks: Tensors) -> PeftModel:
+    """Return the model with a device's bottleneck adapters."""
+    values = {}
+    layers, width = set(), 1
+    for name, tensor in blocks.items():
+        if name.startswith("adapter."):
+            _, layer, part, kind = name.split(".")
+            values[rf"\.{layer}\.bottleneck\.bottleneck_{part}\.default\.{kind}"] = tensor
+            layers.add(int(layer))
+            if (part, kind) == ("down", "bias"):
+                width = len(tensor)
+    config = BottleneckConfig(width=width, layers_to_transform=sorted(layers) or [0])
+    peft_model = get_peft_model(model, config)
+    _fill(peft_model, values, blank=".bottleneck_")
+    return peft_model
+
+
+def _fill(model: PeftModel, values: Tensors, *, blank: str) -> None:
+    """Set parameters by the end of their names, after all with ``blank`` in theirs are made zero."""
+    named = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in named.items():
-            if ".lora_A." in name or ".lora_B." in name:
+            if blank in name:
                 parameter.zero_()
-        for name, pair in factors.items():
-            for factor, tensor in zip("AB", pair, strict=True):
-                target = rf"{_pattern(name)}\.lora_{factor}\.default\.weight"
-                _only(named, target).copy_(tensor)
-        for name, tensor in blocks.items():
-            if name.startswith("head."):
-                target = rf"\.{head}\.modules_to_save\.default\.{name.split('.')[1]}"
-                _only(named, target).copy_(tensor)
-    peft_model.save_pretrained(folder)
-    adapters = {
-        name: tensor.contiguous() for name, tensor in blocks.items() if name.startswith("adapter.")
-    }
-    save_file(adapters, folder / ADAPTER_WEIGHTS)
-    layers = sorted({int(name.split(".")[1]) for name in adapters})
-    width = adapters[f"adapter.{layers[0]}.down.weight"].shape[0] if layers else 0
-    text = json.dumps(
-        {
-            "model": source,
-            "classes": list(class_names),
-            "pooling": pooling,
-            "pad_token_id": model.config.pad_token_id,
-            "layers": layers,
-            "width": width,
-        },
-        indent=2,
-    )
-    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+        for pattern, tensor in values.items():
+            _only(named, pattern).copy_(tensor)
 
 
 def _pattern(name: str) -> str:
@@ -120,48 +142,30 @@ def _factors(blocks: Tensors, peft: Peft) -> dict[str, tuple[torch.Tensor, torch
     }
 
 
-def load_device_model(folder: Path) -> PeftModel:
-    """Load what :func:`save_device_model` wrote; the same by hand takes these three steps::
+def load_device_model(folder: str | Path) -> PeftModel:
+    """Load what :func:`save_device_model` wrote; without this function it takes these steps::
+
+    import pwff_opt.federated.peft_bottleneck  # peft knows bottleneck adapters from here on
 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes)
-    load_adapters(model, folder)
-    model = PeftModel.from_pretrained(model, folder).eval()
+    pool_by_mean(model)  # where device.json says so
+    model.config.pad_token_id = ...  # the one in device.json; only decoders need it
+    model = PeftModel.from_pretrained(model, f"{folder}/lora").merge_and_unload()
+    model = PeftModel.from_pretrained(model, f"{folder}/bottleneck").eval()
+
+    LoRA is merged because a peft model holds adapters of one kind.
     """
-    info = _adapter_info(folder)
+    folder = Path(folder)
+    try:
+        info: dict[str, Any] = json.loads((folder / INFO).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} must hold a device model ({INFO}): {error}") from error
     model = load_classifier(info["model"], classes=len(info["classes"]))
-    load_adapters(model, folder)
-    return PeftModel.from_pretrained(model, folder).eval()
-
-
-def load_adapters(model: Any, folder: Path) -> None:
-    """Attach the bottleneck adapters saved in ``folder`` to a model, and pool as it was trained."""
-    info = _adapter_info(folder)
     model.config.pad_token_id = info["pad_token_id"]
     if info["pooling"] == "mean":
         pool_by_mean(model)
-    layers = set(info["layers"])
-    for layer, adapter in enumerate(attach_adapters(model, max(1, int(info["width"])))):
-        adapter.enabled = layer in layers
-        if adapter.enabled:
-            prefix = f"adapter.{layer}."
-            stored = load_file(folder / ADAPTER_WEIGHTS)
-            adapter.load_state_dict(
-                {
-                    name.removeprefix(prefix): t
-                    for name, t in stored.items()
-                    if name.startswith(prefix)
-                }
-            )
-
-
-def _adapter_info(folder: Path) -> dict[str, Any]:
-    try:
-        info: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder} must hold a device model ({ADAPTER_CONFIG}): {error}"
-        ) from error
-    return info
+    model = PeftModel.from_pretrained(model, folder / LORA).merge_and_unload()
+    return PeftModel.from_pretrained(model, folder / BOTTLENECK).eval()
 
 
 def _only(parameters: dict[str, nn.Parameter], pattern: str) -> nn.Parameter:

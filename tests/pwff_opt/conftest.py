@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from pwff_opt.models import model_source
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario_io import parse_scenario
+
+sys.path.insert(0, str(Path(__file__).parent))  # for plain_adapters
 
 SMALL = """
 name = "small"
@@ -73,3 +83,25 @@ def small_text(small_model: Path) -> str:
 @pytest.fixture(scope="session")
 def small(small_text: str) -> Scenario:
     return parse_scenario(small_text)
+
+
+@pytest.fixture
+def llama(small: Scenario, tmp_path: Path) -> Scenario:
+    """The same with a decoder, whose tokenizer's padding token its configuration does not know."""
+    folder = tmp_path / "llama"
+    AutoTokenizer.from_pretrained(model_source("minilm")).save_pretrained(folder)
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=30522,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=None,
+        bos_token_id=101,
+        eos_token_id=102,
+        initializer_range=0.2,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return replace(small, model=replace(small.model, source=str(folder), pooling="model"))

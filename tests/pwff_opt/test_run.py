@@ -147,7 +147,8 @@ def test_interrupting_is_noted(scenario_file: Path, tmp_path: Path) -> None:
 def test_saved_model_command(finished: tuple[Path, str], tmp_path: Path) -> None:
     done = pwff_opt("save-model", finished[0], "--device", 1, "--out", tmp_path / "model")
     assert "load it with" in done.stdout
-    assert (tmp_path / "model" / "adapter_config.json").is_file()
+    for part in ("lora", "bottleneck"):
+        assert (tmp_path / "model" / part / "adapter_config.json").is_file()
 
 
 def refused(*arguments: object) -> str:

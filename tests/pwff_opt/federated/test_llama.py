@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pwff_opt.decision import Schedule
 from pwff_opt.federated.backbone import Stack
 from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.export import load_adapters, load_device_model
+from pwff_opt.federated.export import load_device_model
 from pwff_opt.federated.features import Level
 from pwff_opt.federated.tokens import Packed
-from pwff_opt.models import model_source
 from pwff_opt.scenario import Scenario
-
-
-@pytest.fixture
-def llama(small: Scenario, tmp_path: Path) -> Scenario:
-    folder = tmp_path / "llama"
-    AutoTokenizer.from_pretrained(model_source("minilm")).save_pretrained(folder)
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=30522,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=None,
-        bos_token_id=101,
-        eos_token_id=102,
-        initializer_range=0.2,
-    )
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    return replace(small, model=replace(small.model, source=str(folder), pooling="model"))
 
 
 def test_packing_and_cache_change_nothing(llama: Scenario, tmp_path: Path) -> None:
@@ -94,8 +66,9 @@ def test_a_saved_decoder_scores_what_was_reported(
         model = AutoModelForSequenceClassification.from_pretrained(
             llama.model.source, num_labels=3, ignore_mismatched_sizes=True
         )
-        load_adapters(model, folder)
-        model = PeftModel.from_pretrained(model, folder).eval()
+        model.config.pad_token_id = evaluator.tokens.pad_id
+        model = PeftModel.from_pretrained(model, folder / "lora").merge_and_unload()
+        model = PeftModel.from_pretrained(model, folder / "bottleneck").eval()
         ids = [tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist() for i in shard.test]
         batch = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
         with torch.inference_mode():

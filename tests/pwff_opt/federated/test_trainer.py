@@ -16,10 +16,11 @@ import pytest
 import torch
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from plain_adapters import attach_adapters
 
 from pwff_opt.costs import CostModel
 from pwff_opt.decision import RoundDecision, Schedule
-from pwff_opt.federated.adapters import attach_adapters, pool_by_mean, transformer_layers
+from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
 from pwff_opt.federated.backbone import Backbone, load_classifier, lora_config
 from pwff_opt.federated.blocks import Tensors, fresh_lora, lora_scale, resize_lora
 from pwff_opt.federated.checkpoint import load_checkpoint, save_checkpoint
