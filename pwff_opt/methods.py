@@ -1,0 +1,153 @@
+"""Named ways to fine-tune in a federation: configurations of the one trainer, not forks of it.
+
+A :class:`Method` overrides ``[peft]`` and ``[aggregation]`` of a scenario and gives the schedule its
+shape, the same decision in every round::
+
+    from pwff_opt.methods import METHODS, apply, schedule
+
+    method = METHODS["feddpa"]
+    changed = apply(scenario, method)
+    trained = evaluator(changed).train(schedule(changed, method, depth=3))
+
+What a method leaves out is the scenario's: width of the adapters, scaling of the LoRA, type of the
+uploads, everything in ``[training]``. With adapters of width 16 and hidden size 384, an adapter has
+12.7 k parameters a layer and a LoRA of rank 8 has 12.3 k: methods that send either send about the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pwff_opt.costs import Architecture
+from pwff_opt.decision import LayerState, RoundDecision, Schedule
+from pwff_opt.errors import DecisionError
+from pwff_opt.models import model_config, model_source
+from pwff_opt.scenario import Scenario
+
+RANK = 8
+MIXED_RANKS = (2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What is trained, what is shared and how it is merged."""
+
+    text: str
+    """In one line."""
+    adapters: bool = True
+    """False: none (``peft.adapter_width`` 0)."""
+    head: Literal["shared", "personal"] = "shared"
+    common_rank: int = 0
+    lora: str = "personal"
+    """``aggregation.lora``."""
+    letter: Literal["a", "p"] = "a"
+    """State of the trained layers: aggregated or personal."""
+    ranks: tuple[int, ...] = (RANK,)
+    """Of the LoRA, in turn over the devices; (0,): none."""
+    all_layers: bool = False
+    """Trains every layer, whatever depth is asked for."""
+
+    @property
+    def peft(self) -> dict[str, Any]:
+        """Overrides of ``[peft]``."""
+        width: dict[str, Any] = {} if self.adapters else {"adapter_width": 0}
+        return width | {"head": self.head, "common_lora_rank": self.common_rank}
+
+    @property
+    def aggregation(self) -> dict[str, Any]:
+        """Overrides of ``[aggregation]``."""
+        return {"adapter": "average", "lora": self.lora}
+
+    @property
+    def mixed(self) -> bool:
+        """Whether devices differ in rank."""
+        return len(set(self.ranks)) > 1
+
+
+def _rule(name: str, text: str, **others: Any) -> Method:
+    return Method(text=text, adapters=False, lora=name, **others)
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        # -- personal and shared parts ------------------------------------------------------------
+        "pwff": Method(text="PWFF: adapters of the upper layers averaged, LoRA personal"),
+        "pwff-head": Method(text="as pwff, with a personal head", head="personal"),
+        # v1 (2024) speaks of global adapters and local LoRA; choosing the layers to aggregate came with v2.
+        # So this is "pwff" in all layers: more is sent, and the backward pass goes all the way down.
+        "pftt": Method(
+            text="PFTT of arXiv 2404.13238 v1: as pwff, in all layers instead of the upper ones",
+            all_layers=True,
+        ),
+        # Yang et al., arXiv 2403.19211, without its mixing of the two at inference by the instance.
+        "feddpa": Method(
+            text="FedDPA: a common LoRA averaged beside the personal one",
+            adapters=False,
+            common_rank=RANK,
+        ),
+        # -- baselines ------------------------------------------------------------------------------
+        "shared": Method(text="adapters averaged, nothing personal", ranks=(0,)),
+        "fedavg": Method(text="adapters and LoRA averaged, nothing personal", lora="fedit"),
+        "local": Method(text="nothing is sent", letter="p", head="personal"),
+        # -- rules for LoRA, without adapters -----------------------------------------------------
+        "fedit": _rule("fedit", "FedIT: A and B averaged"),
+        "ffa": _rule("ffa", "FFA-LoRA: A fixed, B averaged"),
+        "fedsa": _rule("fedsa", "FedSA-LoRA: A averaged, B and head personal", head="personal"),
+        "rolora": _rule("rolora", "RoLoRA: A and B averaged in turn"),
+        "hetlora": _rule("hetlora", "HetLoRA: zero-padded average (equal ranks: that of fedit)"),
+        "flora": _rule("flora", "FLoRA: stacked and folded into the frozen weight"),
+        "flexlora": _rule("flexlora", "FlexLoRA: SVD of the exact average"),
+        "fedex": _rule("fedex", "FedEx-LoRA: averages, what they miss in the frozen weight"),
+        "raflora": _rule("raflora", "raFLoRA: average by slices (equal ranks: that of flexlora)"),
+        "hetlora-mixed": _rule("hetlora", "HetLoRA, ranks 2, 4, 8 in turn", ranks=MIXED_RANKS),
+        "flora-mixed": _rule("flora", "FLoRA, ranks 2, 4, 8 in turn", ranks=MIXED_RANKS),
+        "flexlora-mixed": _rule("flexlora", "FlexLoRA, ranks 2, 4, 8 in turn", ranks=MIXED_RANKS),
+        "raflora-mixed": _rule("raflora", "raFLoRA, ranks 2, 4, 8 in turn", ranks=MIXED_RANKS),
+    }
+)
+
+
+def apply(scenario: Scenario, method: Method) -> Scenario:
+    """Return the scenario as the method has it.
+
+    The method's ranks are added to ``decisions.ranks`` where they are not in it, and ``rank_scope`` becomes
+    what they need: most rules forbid ranks that differ.
+    """
+    space = scenario.decisions
+    missing = tuple(sorted(set(method.ranks) - set(space.ranks)))
+    return replace(
+        scenario,
+        peft=replace(scenario.peft, **method.peft),
+        aggregation=replace(scenario.aggregation, **method.aggregation),
+        decisions=replace(
+            space,
+            ranks=space.ranks + missing,
+            rank_scope="per_device" if method.mixed else "common",
+        ),
+    )
+
+
+def schedule(scenario: Scenario, method: Method, depth: int) -> Schedule:
+    """Return the method's schedule: the upper ``depth`` layers trained in all rounds.
+
+    Raises
+    ------
+    DecisionError
+        If the model has fewer layers than ``depth``, or it is less than 1.
+    """
+    source = model_source(scenario.model.source, folder=scenario.folder)
+    # The number of layers does not depend on that of the classes.
+    layers = Architecture.from_config(model_config(source), classes=2).layers
+    if not 1 <= depth <= layers:
+        raise DecisionError(f"depth must be in 1..{layers}, the layers of the model, got {depth}")
+    depth = layers if method.all_layers else depth
+    state = LayerState.AGGREGATED if method.letter == "a" else LayerState.PERSONAL
+    devices = range(len(scenario.devices))
+    decision = RoundDecision(
+        ranks=tuple(method.ranks[device % len(method.ranks)] for device in devices),
+        states=(LayerState.FROZEN,) * (layers - depth) + (state,) * depth,
+    )
+    return Schedule(rounds=(decision,) * scenario.training.rounds)

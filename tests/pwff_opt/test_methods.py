@@ -1,0 +1,108 @@
+"""Named methods: what they put into a scenario, and what follows from that for certain."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pwff_opt import Planner, Scenario, Schedule, Workload
+from pwff_opt.errors import DecisionError
+from pwff_opt.evaluation import learning_key
+from pwff_opt.methods import METHODS, Method, apply, schedule
+from pwff_opt.scenario import Aggregation, Peft
+
+
+def uplink(scenario: Scenario, name: str) -> np.ndarray:
+    """Upload [round, device] in bit."""
+    changed = apply(scenario, METHODS[name])
+    planner = Planner(changed, Workload.padded(changed, classes=3))
+    return planner.costs.demand(schedule(changed, METHODS[name], 2)).payload_bit
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_configuration(small: Scenario, name: str) -> None:
+    method = METHODS[name]
+    assert set(method.peft) <= {entry.name for entry in fields(Peft)}
+    assert set(method.aggregation) <= {entry.name for entry in fields(Aggregation)}
+    assert method.text
+    assert "\n" not in method.text
+    changed = apply(small, method)
+    plan = schedule(changed, method, 2)
+    assert len(plan) == small.training.rounds
+    assert set(plan.rounds[0].ranks) <= set(changed.decisions.ranks)
+    assert Schedule.parse(str(plan), devices=3) == plan
+    # Whatever else the scenario says, it still says; and applying twice is applying once.
+    for table in ("cell", "devices", "data", "model", "training", "seeds", "thresholds"):
+        assert getattr(changed, table) == getattr(small, table)
+    assert apply(changed, method) == changed
+
+
+def test_no_two_methods_are_the_same(small: Scenario) -> None:
+    keys = {
+        learning_key(apply(small, method), schedule(small, method, 2))
+        for method in METHODS.values()
+    }
+    assert len(keys) == len(METHODS)
+
+
+def test_shapes_of_schedules(small: Scenario) -> None:
+    assert str(schedule(small, METHODS["pwff"], 2)) == "3x8:faa"
+    assert str(schedule(small, METHODS["pftt"], 2)) == "3x8:aaa"
+    assert str(schedule(small, METHODS["local"], 1)) == "3x8:ffp"
+    assert str(schedule(small, METHODS["shared"], 2)) == "3x0:faa"
+    assert str(schedule(small, METHODS["flora-mixed"], 2)) == "3x2,4,8:faa"
+    for depth in (0, 4):
+        with pytest.raises(DecisionError, match=r"1\.\.3"):
+            schedule(small, METHODS["pwff"], depth)
+
+
+def test_decisions_are_widened_only_where_a_method_needs_it(small: Scenario) -> None:
+    method = Method(text="two", lora="fedit", ranks=(2,))
+    assert apply(small, method).decisions == small.decisions
+    assert apply(small, replace(method, ranks=(16,))).decisions.ranks == (0, 2, 4, 16)
+    assert apply(small, METHODS["raflora-mixed"]).decisions.rank_scope == "per_device"
+
+
+def test_what_is_sent(small: Scenario) -> None:
+    head = uplink(small, "shared") - uplink(replace_head(small), "pwff-head")
+    assert (uplink(small, "local") == 0).all()
+    assert (uplink(small, "pwff") == uplink(small, "shared")).all()  # a LoRA of one's own is free
+    assert (uplink(small, "pftt") - head == 1.5 * (uplink(small, "pwff") - head)).all()
+    assert (uplink(small, "feddpa") == uplink(small, "fedit")).all()
+    assert (uplink(small, "fedavg") == uplink(small, "fedit") + uplink(small, "pwff") - head).all()
+    assert (2 * (uplink(small, "ffa") - head) == uplink(small, "fedit") - head).all()
+    assert (uplink(small, "rolora") == uplink(small, "ffa")).all()  # A is as large as B here
+    for rule in ("hetlora", "flora", "flexlora", "fedex", "raflora"):
+        assert (uplink(small, rule) == uplink(small, "fedit")).all()
+    mixed = uplink(small, "flora-mixed") - head
+    assert (4 * mixed[:, 0] == mixed[:, 2]).all()
+    assert (mixed[:, 2] + head[:, 2] == uplink(small, "flora")[:, 2]).all()
+
+
+def replace_head(scenario: Scenario) -> Scenario:
+    return replace(scenario, peft=replace(scenario.peft, head="personal"))
+
+
+@pytest.mark.parametrize(("rule", "same_as"), [("hetlora", "fedit"), ("raflora", "flexlora")])
+def test_rules_that_are_the_same_at_equal_ranks(
+    small: Scenario, tmp_path: Path, rule: str, same_as: str
+) -> None:
+    from pwff_opt.federated.evaluator import FederatedEvaluator
+
+    losses = []
+    for name in (rule, same_as):
+        scenario = apply(small, METHODS[name])
+        trained = FederatedEvaluator(scenario, tmp_path).train(schedule(scenario, METHODS[name], 2))
+        assert trained.status == "done", trained.reason
+        losses.append([entry.loss for entry in trained.rounds])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_no_torch_is_loaded() -> None:
+    code = "import sys, pwff_opt.methods; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
