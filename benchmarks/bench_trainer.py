@@ -2,7 +2,7 @@
 
 *Job*: the ``hutto`` scenario as ``make front`` trains it: 4 devices, 8 rounds of 5 steps of 8
 sentences, validation after the marked rounds. *Schedules*: those the search asks for in its 24
-trainings, a first generation and two of offspring, of which every second is taken. To draw them
+trainings, a first generation and two of offspring, of which every third is taken. To draw them
 nothing is trained: an evaluator pretends, with accuracies that rise with rounds, depth (up to three
 layers) and rank like those of the README's front, and noise of a fixed seed; so which schedules are
 drawn does not depend on the machine.
@@ -85,7 +85,7 @@ MEMORY_SCHEDULE = "1x4:ffppaa"
 @dataclass(frozen=True)
 class Size:
     first: int = 0  # of the schedules drawn, this one
-    every: int = 2  # and every such one after it
+    every: int = 3  # and every such one after it
     same_batches: int = 3  # of those, one in so many also with our batches
     flower: int = 2  # of those, so many through Flower
     devices: tuple[int, ...] = (8, 64, 512)

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from pwff_opt.decision import LayerState, RoundDecision
+from pwff_opt.errors import TrainingError
 from pwff_opt.federated.aggregation import RULES, Factors, average
 from pwff_opt.federated.blocks import Tensors, layer_of, lora_scale
 from pwff_opt.federated.privacy import add_noise, clip
 from pwff_opt.federated.server import step
-from pwff_opt.federated.uploads import encode
+from pwff_opt.federated.uploads import encode, require_finite
 from pwff_opt.scenario import Scenario
 
 AVERAGING = ("fedit", "ffa", "fedsa", "rolora")
@@ -110,9 +111,12 @@ class Exchange:
                 for name, tensor in own.items()
                 if name in reference and reference[name].shape == tensor.shape
             }
-            upload, residuals[k] = encode(
-                own, self._peft.upload_dtype, reference=known, residual=residuals[k]
-            )
+            try:
+                upload, residuals[k] = encode(
+                    own, self._peft.upload_dtype, reference=known, residual=residuals[k]
+                )
+            except TrainingError as error:
+                raise TrainingError(f"device {k}, round {self._number}: {error}") from error
             bits[k] = upload.bits
             received[k] = upload.decode(known)
             if table.clip_norm > 0:
@@ -144,6 +148,13 @@ class Exchange:
         shared, moments = step(table, previous, shared, state.moments)
         # Every device then holds the same object.
         shared = {name: self._broadcast(tensor) for name, tensor in shared.items()}
+        try:
+            require_finite(shared)
+        except TrainingError as error:
+            raise TrainingError(
+                f"round {self._number}: {error} after the server's step; lower "
+                f"aggregation.server_learning_rate ({table.server_learning_rate:g}) or upload float32"
+            ) from error
         for own in devices:
             own.update({name: tensor for name, tensor in shared.items() if name in own})
         return (

@@ -49,15 +49,32 @@ class Features:
     Parameters
     ----------
     backbone, tokens
-    owner : the sequences [sequence] belong to these devices.
+    parts : the sequences that each device holds, [device][part].
     budget_byte : memory for activations; what does not fit is kept in files.
     """
 
     def __init__(
-        self, backbone: Backbone, tokens: Tokens, owner: Indices, *, budget_byte: float
+        self,
+        backbone: Backbone,
+        tokens: Tokens,
+        parts: Sequence[Sequence[Indices]],
+        *,
+        budget_byte: float,
     ) -> None:
-        self._backbone, self._tokens, self._owner = backbone, tokens, owner
+        self._backbone, self._tokens = backbone, tokens
+        self._owner = np.zeros(len(tokens), dtype=np.int64)
+        # Sequences are always computed in the same company: who else is in a product can show in the
+        # last bit, and what a run has asked for before must not.
+        self._chunks: list[Indices] = []
+        self._chunk_of = np.zeros(len(tokens), dtype=np.int64)
+        for device, held in enumerate(parts):
+            for part in held:
+                self._owner[part] = device
+                for chunk in by_length(tokens, part):
+                    self._chunk_of[chunk] = len(self._chunks)
+                    self._chunks.append(chunk)
         self._left_byte = budget_byte
+        self._in_memory: set[int] = set()
         self._base: dict[Level, _Store] = {}
         self._own: dict[Level, _Store] = {}
         self._lock = threading.Lock()
@@ -117,12 +134,10 @@ class Features:
             if known.keys() != below.keys() or any(known[n] is not t for n, t in below.items()):
                 store.known[self._owner == device] = False
                 store.below[device] = below
-        missing = batch[~store.known[batch]]
-        if len(missing):
-            # All of a device's data of that kind will be asked for: at least enough for a pass.
-            stack = Stack([below], [scale], common_scale=common_scale) if below else NOTHING
-            for part in by_length(self._tokens, missing):
-                self._fill(store, level, part, stack, below)
+        missing = np.unique(self._chunk_of[batch[~store.known[batch]]])
+        stack = Stack([below], [scale], common_scale=common_scale) if below else NOTHING
+        for number in missing:
+            self._fill(store, level, self._chunks[number], stack, below)
         return store
 
     def _fill(
@@ -164,17 +179,20 @@ class Features:
     def _discard(self, stores: dict[Level, _Store]) -> None:
         for store in stores.values():
             for tensor in (store.hidden, store.projected):
-                if tensor is not None:
+                if tensor is not None and tensor.data_ptr() in self._in_memory:
+                    self._in_memory.remove(tensor.data_ptr())
                     self._left_byte += tensor.numel() * tensor.element_size()
         stores.clear()
 
     def _array(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Return room for activations: memory within the budget, else a file without a name."""
         need = rows * width * dtype.itemsize
-        self._left_byte -= need
-        if self._left_byte >= 0:
+        if need <= self._left_byte:
+            self._left_byte -= need
             with torch.inference_mode(False):  # it will be read and written in either mode
-                return torch.empty(rows, width, dtype=dtype)
+                array = torch.empty(rows, width, dtype=dtype)
+            self._in_memory.add(array.data_ptr())
+            return array
         logger.info(
             "cached activations: %.2f GB in a file in %s", need / 1e9, tempfile.gettempdir()
         )

@@ -66,12 +66,11 @@ class Trainer:
         self.labels = torch.from_numpy(labels)
         self._peft, self._seed = scenario.peft, scenario.seeds.training
         self._workers = Workers(workers)
-        owner = np.zeros(len(tokens), dtype=np.int64)
-        for device, shard in enumerate(shards):
-            for part in (shard.train, shard.validation, shard.test):
-                owner[part] = device
         self.features = Features(
-            backbone, tokens, owner, budget_byte=scenario.training.feature_cache_byte
+            backbone,
+            tokens,
+            [(shard.train, shard.validation, shard.test) for shard in shards],
+            budget_byte=scenario.training.feature_cache_byte,
         )
         width = self._peft.adapter_width
         self._adapters = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -12,6 +13,7 @@ import torch
 
 from pwff_opt.costs import CostModel
 from pwff_opt.decision import Schedule
+from pwff_opt.errors import TrainingError
 from pwff_opt.federated.backbone import Stack
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.exchange import Exchange, State
@@ -169,3 +171,35 @@ def test_more_noise_costs_accuracy_and_less_epsilon(small: Scenario, tmp_path: P
         spent.append(evaluator.summary.epsilon)
     assert 0 < spent[1] < spent[0]
     assert FederatedEvaluator(small, tmp_path / "none").summary.epsilon is None
+
+
+@pytest.mark.parametrize(
+    ("peft", "table", "message"),
+    [
+        ({}, {"server_learning_rate": 1e45}, "round 0: .* after the server's step"),
+        (
+            {"upload_dtype": "float16"},
+            {"server_learning_rate": 1e9},
+            "round 0: .* after the server",
+        ),
+    ],
+)
+def test_a_server_that_overshoots_is_told(
+    small: Scenario, tmp_path: Path, peft: dict[str, Any], table: dict[str, Any], message: str
+) -> None:
+    evaluator = FederatedEvaluator(variant(small, peft, table), tmp_path)
+    evaluation = evaluator.train(Schedule.parse("1x0:aaa", devices=3))
+    assert evaluation.status == "failed"
+    assert re.search(message, evaluation.reason)
+
+
+def test_an_upload_beyond_half_precision_names_the_device(small: Scenario, tmp_path: Path) -> None:
+    scenario = variant(small, {"upload_dtype": "float16"}, {})
+    trainer = FederatedEvaluator(scenario, tmp_path).trainer
+    (decision,) = Schedule.parse("1x0:paa", devices=3).rounds
+    state, _ = trainer.round(trainer.initial(), 0, decision, (True,) * 3)
+    own = state.devices[1]
+    large = own | {"adapter.1.up.bias": torch.full_like(own["adapter.1.up.bias"], 7e4)}
+    devices = (state.devices[0], large, state.devices[2])
+    with pytest.raises(TrainingError, match=r"device 1, round 1: adapter\.1\.up\.bias .* float16"):
+        trainer.round(replace(state, devices=devices), 1, decision, (True,) * 3)
