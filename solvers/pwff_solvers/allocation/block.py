@@ -238,6 +238,16 @@ def take_in(block, cell, rows, joined, wanted):
 
 
 @kernel
+def farthest(cell, field):
+    """Return the largest of all lanes.  NaN is passed over: waiting does not mend such a lane, and
+    its own number tells that it has not converged."""
+    value = 0.0
+    for l in range(LANES):
+        value = cell[field * LANES + l] if cell[field * LANES + l] > value else value
+    return value
+
+
+@kernel
 def spread(cells):
     """Every lane becomes the first: the lanes hold one instance."""
     for field in range(CELL):

@@ -82,6 +82,7 @@ from pwff_solvers.allocation.block import (
     all_close,
     by_lanes,
     cut,
+    farthest,
     finish,
     first_live,
     grow,
@@ -363,6 +364,19 @@ def _move_cell(cell, free_time):
 
 
 @kernel
+def _price_alike(cell, field):
+    """Set the price, in ``field``, at which devices of one and the same z would fill the band.
+
+    ``B``: what they need of it times z; ``B_L``: the mean logarithm of psi per price with that weight.
+    """
+    for l in range(LANES):
+        z = cut(cell[B * LANES + l] / cell[BAND * LANES + l], 1e-9, 100.0)
+        _, expm1 = exp_pair(z)
+        mean, _ = exp_pair(cell[B_L * LANES + l] / cell[B * LANES + l])
+        cell[field * LANES + l] = psi(z, expm1) * mean
+
+
+@kernel
 def _missed(cell):
     """Return how far, relatively, the first guesses of any lane are from filling its band."""
     worst = 0.0
@@ -429,14 +443,9 @@ def _restart(block, cell, rows, joined):
             far = abs(gap) if abs(gap) > far else far
         if far < 0.3:
             break
+    _price_alike(cell, PRICE)
     for l in range(LANES):
-        # the price at which devices of one and the same z would fill the band
-        z = cut(cell[B * LANES + l] / cell[BAND * LANES + l], 1e-9, 100.0)
-        _, expm1 = exp_pair(z)
-        mean, _ = exp_pair(cell[B_L * LANES + l] / cell[B * LANES + l])
-        price = psi(z, expm1) * mean
-        cell[PRICE * LANES + l] = price
-        cell[LAM * LANES + l] = price * cell[TIME * LANES + l]
+        cell[LAM * LANES + l] = cell[PRICE * LANES + l] * cell[TIME * LANES + l]
     for guess in range(_GUESSES):
         for l in range(LANES):
             cell[B * LANES + l] = 0.0
@@ -472,11 +481,7 @@ def _iterate(block, cell, rows, joined, free_time):
             if free_time:
                 _limits(row, cell)
             _advance(row, cell, free_time)
-        worst = 0.0
-        for l in range(LANES):
-            # not the built-in max: NaN must not pass for converged
-            worst = worst if worst > cell[WORST * LANES + l] else cell[WORST * LANES + l]
-        if worst <= CLOSE:
+        if farthest(cell, WORST) <= CLOSE:
             break
     return sweeps
 
@@ -609,12 +614,7 @@ def _iterate_pinned(block, cell, rows, joined):
     if joined:
         total(cell, B)
         total(cell, B_L)
-    for l in range(LANES):
-        # the price at which devices of one and the same z would fill the band
-        z = cut(cell[B * LANES + l] / cell[BAND * LANES + l], 1e-9, 100.0)
-        _, expm1 = exp_pair(z)
-        mean, _ = exp_pair(cell[B_L * LANES + l] / cell[B * LANES + l])
-        cell[LAM * LANES + l] = psi(z, expm1) * mean
+    _price_alike(cell, LAM)
     for guess in range(_PINNED_GUESSES):
         for l in range(LANES):
             cell[B * LANES + l] = 0.0
@@ -642,11 +642,7 @@ def _iterate_pinned(block, cell, rows, joined):
         _move_cell(cell, False)
         for r in range(rows):
             _advance_pinned(block[r * ROW : (r + 1) * ROW], cell)
-        worst = 0.0
-        for l in range(LANES):
-            # not the built-in max: NaN must not pass for converged
-            worst = worst if worst > cell[WORST * LANES + l] else cell[WORST * LANES + l]
-        if worst <= CLOSE:
+        if farthest(cell, WORST) <= CLOSE:
             break
     return sweeps
 

@@ -46,6 +46,7 @@ from pwff_solvers.allocation.block import (
     all_close,
     by_lanes,
     cut,
+    farthest,
     finish,
     first_live,
     grow,
@@ -120,7 +121,6 @@ def _iterate_rows(block, cell, rows, joined):
             total(cell, B)
             total(cell, B_0)
             total(cell, B_T)
-        worst = 0.0
         for l in range(LANES):
             b = cell[B * LANES + l]
             band = cell[BAND * LANES + l]
@@ -132,9 +132,7 @@ def _iterate_rows(block, cell, rows, joined):
             cell[WORST * LANES + l] = abs(dt)
         for r in range(rows):
             _advance(block[r * ROW : (r + 1) * ROW], cell)
-        for l in range(LANES):
-            worst = worst if worst > cell[WORST * LANES + l] else cell[WORST * LANES + l]
-        if worst <= CLOSE:
+        if farthest(cell, WORST) <= CLOSE:
             break
     return sweeps
 

@@ -26,6 +26,7 @@ from pwff_solvers.allocation.block import (
     LANES,
     by_lanes,
     cut,
+    farthest,
     first_live,
     grow,
     inverse_psi,
@@ -352,11 +353,7 @@ def _iterate(block, cell, rows, supply, counts, joined, search):
         _gather(cell, supply, counts, joined)
         if search:
             _move(cell, False)
-        worst = 0.0
-        for l in range(LANES):
-            # not the built-in max: NaN must not pass for converged
-            worst = worst if worst > cell[WORST * LANES + l] else cell[WORST * LANES + l]
-        if worst <= CLOSE:
+        if farthest(cell, WORST) <= CLOSE:
             break
     _supply(cell, supply, counts, joined)
     _deadline(cell)
