@@ -23,6 +23,21 @@ Count = Annotated[int, Gt(0)]
 Natural = Annotated[int, Ge(0)]
 LARGEST_INTEGER = 2**53
 Share = Annotated[float, Ge(0), Le(1)]
+UploadDtype = Literal["float32", "float16", "int8"]
+LoraRule = Literal[
+    "personal",
+    "fedit",
+    "ffa",
+    "fedsa",
+    "rolora",
+    "hetlora",
+    "flora",
+    "flexlora",
+    "fedex",
+    "raflora",
+]
+AVERAGING: tuple[LoraRule, ...] = ("fedit", "ffa", "fedsa", "rolora")
+"""Rules that only average factors, so that noise and server optimisers can act on the averages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +127,7 @@ class Peft:
     common_lora_rank: Natural = 0
     """Rank of a second LoRA beside the one that decisions size, averaged over devices; 0: none."""
     head: Literal["personal", "shared"] = "personal"
-    upload_dtype: Literal["float32", "float16", "int8"] = "float32"
+    upload_dtype: UploadDtype = "float32"
     """"int8": a scale a tensor, and what rounding lost is added to the next upload (error feedback)."""
 
 
@@ -146,18 +161,7 @@ class Aggregation:
     """
 
     adapter: Literal["average", "personal"] = "average"
-    lora: Literal[
-        "personal",
-        "fedit",
-        "ffa",
-        "fedsa",
-        "rolora",
-        "hetlora",
-        "flora",
-        "flexlora",
-        "fedex",
-        "raflora",
-    ] = "personal"
+    lora: LoraRule = "personal"
     devices_per_round: Natural = 0
     """Devices drawn to take part in a round; 0: all."""
     proximal: NonNegative = 0.0
@@ -310,20 +314,12 @@ class Scenario:
                 "aggregation.clip_norm must be greater than 0 where aggregation.noise_multiplier is "
                 f"({rule.noise_multiplier:g}): noise is measured in it; got 0"
             )
-        if rule.noise_multiplier > 0 and rule.lora in (
-            "hetlora",
-            "flora",
-            "flexlora",
-            "fedex",
-            "raflora",
-        ):
+        if rule.noise_multiplier > 0 and rule.lora not in ("personal", *AVERAGING):
             yield (
                 "aggregation.noise_multiplier must be 0 for aggregation.lora "
                 f"{rule.lora!r}, which does more than average; got {rule.noise_multiplier:g}"
             )
-        if rule.lora in ("fedit", "fedex", "ffa", "fedsa", "rolora") and (
-            self.decisions.rank_scope == "per_device"
-        ):
+        if rule.lora in (*AVERAGING, "fedex") and self.decisions.rank_scope == "per_device":
             yield (
                 f"decisions.rank_scope must be 'common' for aggregation.lora {rule.lora!r}, which "
                 "averages factors of one and the same rank; got 'per_device'"

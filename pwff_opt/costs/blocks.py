@@ -9,21 +9,8 @@ from typing import Any, Literal, get_args
 from pwff_opt.costs.architecture import Architecture
 from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError, ModelError
-from pwff_opt.scenario import Scenario
+from pwff_opt.scenario import LoraRule, Scenario, UploadDtype
 
-LoraRule = Literal[
-    "personal",
-    "fedit",
-    "ffa",
-    "fedsa",
-    "rolora",
-    "hetlora",
-    "flora",
-    "flexlora",
-    "fedex",
-    "raflora",
-]
-UploadDtype = Literal["float32", "float16", "int8"]
 Factors = Literal["", "A", "B", "AB"]
 """Factors of a LoRA, A: [rank, in], B: [out, rank]."""
 

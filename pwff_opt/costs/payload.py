@@ -8,7 +8,6 @@ from pwff_opt.costs.architecture import Architecture
 from pwff_opt.costs.blocks import (
     Blocks,
     Factors,
-    UploadDtype,
     adapter_parameters,
     check_states,
     head_parameters,
@@ -16,6 +15,7 @@ from pwff_opt.costs.blocks import (
 )
 from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError
+from pwff_opt.scenario import UploadDtype
 
 _UPLOAD_BITS: dict[UploadDtype, int] = {"float32": 32, "float16": 16, "int8": 8}
 _SCALE_BITS: dict[UploadDtype, int] = {"float32": 0, "float16": 0, "int8": 32}

@@ -14,10 +14,7 @@ from pwff_opt.federated.blocks import Tensors, layer_of, lora_scale
 from pwff_opt.federated.privacy import add_noise, clip
 from pwff_opt.federated.server import step
 from pwff_opt.federated.uploads import encode, require_finite
-from pwff_opt.scenario import Scenario
-
-AVERAGING = ("fedit", "ffa", "fedsa", "rolora")
-"""Rules that send plain averages of factors, which noise and server optimisers can act on."""
+from pwff_opt.scenario import AVERAGING, Scenario
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,42 +96,25 @@ class Exchange:
         table = self._table
         private = table.clip_norm > 0 and table.noise_multiplier > 0
         senders = [k for k, here in enumerate(present) if here]
-        weights = [1.0 if private else weights[k] for k in senders]
+        shares = {k: 1.0 if private else weights[k] for k in senders}
         residuals = list(state.residuals or ({} for _ in after))
         reference = self._known(before, state)
         bits = [0] * len(after)
         received: dict[int, Tensors] = {}
         for k in senders:
-            own = {name: t for name, t in sorted(after[k].items()) if self.sends(name)}
-            known = {
-                name: reference[name]
-                for name, tensor in own.items()
-                if name in reference and reference[name].shape == tensor.shape
-            }
-            try:
-                upload, residuals[k] = encode(
-                    own, self._peft.upload_dtype, reference=known, residual=residuals[k]
-                )
-            except TrainingError as error:
-                raise TrainingError(f"device {k}, round {self._number}: {error}") from error
-            bits[k] = upload.bits
-            received[k] = upload.decode(known)
-            if table.clip_norm > 0:
-                # After decoding: what rounding adds must not go past the bound either.
-                received[k] = _clipped(received[k], known, table.clip_norm)
+            received[k], residuals[k], bits[k] = self._receive(k, after[k], reference, residuals[k])
         shared = average(
-            [{n: t for n, t in received[k].items() if not _is_lora(n)} for k in senders], weights
+            [{n: t for n, t in received[k].items() if not _is_lora(n)} for k in senders],
+            list(shares.values()),
         )
         devices = [dict(own) for own in after]
-        factors = self._merge_factors(devices, received, senders, weights, fresh)
-        if self._table.lora in AVERAGING:
-            shared |= factors
+        shared |= self._merge_factors(devices, received, shares, fresh)
         if private and shared:
             # One that diverged counts as no change: how many do must not show in the average.
-            share = len(senders) / planned
+            share, start = len(senders) / planned, _matching(reference, shared)
             shared = {
-                n: t * share + reference.get(n, torch.zeros_like(t)) * (1.0 - share)
-                for n, t in shared.items()
+                name: tensor * share + start.get(name, torch.zeros_like(tensor)) * (1.0 - share)
+                for name, tensor in shared.items()
             }
             shared = add_noise(
                 shared,
@@ -144,8 +124,7 @@ class Exchange:
                 seed=self._scenario.seeds.training,
                 round=self._number,
             )
-        previous = {name: reference[name] for name in shared if name in reference}
-        shared, moments = step(table, previous, shared, state.moments)
+        shared, moments = step(table, _matching(reference, shared), shared, state.moments)
         # Every device then holds the same object.
         shared = {name: self._broadcast(tensor) for name, tensor in shared.items()}
         try:
@@ -167,55 +146,78 @@ class Exchange:
             tuple(bits),
         )
 
+    def _receive(
+        self, device: int, blocks: Tensors, reference: Tensors, residual: Tensors
+    ) -> tuple[Tensors, Tensors, int]:
+        """Return what arrives of a device's blocks, what the upload owes, and its size in bits."""
+        own = {name: tensor for name, tensor in sorted(blocks.items()) if self.sends(name)}
+        known = _matching(reference, own)
+        try:
+            upload, residual = encode(
+                own, self._peft.upload_dtype, reference=known, residual=residual
+            )
+        except TrainingError as error:
+            raise TrainingError(f"device {device}, round {self._number}: {error}") from error
+        received = upload.decode(known)
+        if self._table.clip_norm > 0:
+            # After decoding: what rounding adds must not go past the bound either.
+            received = _clipped(received, known, self._table.clip_norm)
+        return received, residual, upload.bits
+
     def _merge_factors(
         self,
         devices: Sequence[Tensors],
         received: Mapping[int, Tensors],
-        senders: Sequence[int],
-        weights: Sequence[float],
+        weights: Mapping[int, float],
         fresh: Callable[[int, int, str], torch.Tensor],
     ) -> Tensors:
         """Give every device its merged LoRA; return the factors that are averages, by name."""
         averages: Tensors = {}
-        rule, number = self._rule, self._number
-        if rule is None or not senders:
+        if self._rule is None:
             return averages
         names = sorted({n for own in devices for n in own if _is_lora(n) and n.endswith(".A")})
         for a in names:
-            b, (_, layer, projection, _) = f"{a[:-1]}B", a.split(".")
-            if not (self.sends(a) or self.sends(b)):
-                continue
-            holders = [k for k, own in enumerate(devices) if a in own]
-            scales = {k: lora_scale(self._peft, devices[k][a].shape[0]) for k in holders}
-            held = {k: Factors(a=devices[k][a], b=devices[k][b], scale=scales[k]) for k in holders}
-            sending = [(k, w) for k, w in zip(senders, weights, strict=True) if k in held]
-            merged = rule.merge(
-                [
-                    Factors(
-                        a=received[k].get(a, held[k].a),
-                        b=received[k].get(b, held[k].b),
-                        scale=scales[k],
-                    )
-                    for k, _ in sending
-                ],
-                [w for _, w in sending],
-                [held[k] for k in holders],
-                round=number,
-                fresh=lambda item, held=holders, at=(int(layer), projection): fresh(
-                    held[item], *at
-                ),  # type: ignore[misc]
-            )
-            for k, own in zip(holders, merged.factors, strict=True):
-                devices[k][a], devices[k][b] = self._broadcast(own.a), self._broadcast(own.b)
-            averages |= {n: devices[holders[0]][n] for n in (a, b) if self.sends(n)}
-            if merged.delta is not None:
-                name = f"delta.{layer}.{projection}"
-                delta = self._broadcast(merged.delta)
-                old = devices[0].get(name)
-                total = delta if old is None else old + delta
-                for every in devices:
-                    every[name] = total
+            b = f"{a[:-1]}B"
+            if self.sends(a) or self.sends(b):
+                first = self._merge_projection(a, b, devices, received, weights, fresh)
+                if self._table.lora in AVERAGING:
+                    averages |= {name: first[name] for name in (a, b) if self.sends(name)}
         return averages
+
+    def _merge_projection(
+        self,
+        a: str,
+        b: str,
+        devices: Sequence[Tensors],
+        received: Mapping[int, Tensors],
+        weights: Mapping[int, float],
+        fresh: Callable[[int, int, str], torch.Tensor],
+    ) -> Tensors:
+        """Merge the factors named ``a`` and ``b``; return the blocks of the first device with them."""
+        assert self._rule is not None
+        _, layer, projection, _ = a.split(".")
+        holders = [k for k, own in enumerate(devices) if a in own]
+        held = {k: self._factors(devices[k], a, b) for k in holders}
+        sending = [k for k in received if k in held]
+        merged = self._rule.merge(
+            [self._factors(devices[k] | received[k], a, b) for k in sending],
+            [weights[k] for k in sending],
+            [held[k] for k in holders],
+            round=self._number,
+            fresh=lambda place: fresh(holders[place], int(layer), projection),
+        )
+        for k, own in zip(holders, merged.factors, strict=True):
+            devices[k][a], devices[k][b] = self._broadcast(own.a), self._broadcast(own.b)
+        if merged.delta is not None:
+            name = f"delta.{layer}.{projection}"
+            delta, old = self._broadcast(merged.delta), devices[0].get(name)
+            total = delta if old is None else old + delta
+            for every in devices:
+                every[name] = total
+        return devices[holders[0]]
+
+    def _factors(self, blocks: Tensors, a: str, b: str) -> Factors:
+        return Factors(a=blocks[a], b=blocks[b], scale=lora_scale(self._peft, len(blocks[a])))
 
     def _known(self, before: Sequence[Tensors], state: State) -> Tensors:
         """Return what server and devices both hold, whatever the data: what was sent to all, and what
@@ -230,6 +232,15 @@ class Exchange:
 
 def _is_lora(name: str) -> bool:
     return name.startswith("lora.")
+
+
+def _matching(reference: Tensors, blocks: Tensors) -> Tensors:
+    """Return what the reference has of these blocks; one whose rank has changed since has none."""
+    return {
+        name: reference[name]
+        for name, tensor in blocks.items()
+        if name in reference and reference[name].shape == tensor.shape
+    }
 
 
 def _clipped(own: Tensors, reference: Tensors, norm: float) -> Tensors:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from pwff_opt.errors import TrainingError
 from pwff_opt.federated.blocks import Tensors
+from pwff_opt.scenario import UploadDtype
 from pwff_opt.units import BITS_PER_BYTE
 
-UploadDtype = Literal["float32", "float16", "int8"]
 _SCALE = "/scale"
 _LEVELS = 127
 

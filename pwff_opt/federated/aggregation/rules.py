@@ -9,7 +9,7 @@ results are float32. Where nobody sent anything, devices keep what they hold.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -70,18 +70,28 @@ class LoraRule(Protocol):
         """
 
 
-class _Both:
-    """A and B are trained and sent in every round."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Case:
+    """What a rule merges, as in :meth:`LoraRule.merge`: something was sent, and shares sum to one."""
+
+    sent: Sequence[Factors]
+    shares: list[float]
+    held: Sequence[Factors]
+    round: int
+    fresh: Fresh
+
+
+class _Rule:
+    """A and B are trained and sent in every round, unless a rule says otherwise."""
+
+    equal_ranks = False
+    """Whether ranks and scales that differ have no meaning for the rule."""
 
     def learns(self, round: int) -> tuple[bool, bool]:
         return True, True
 
     def sends(self, round: int) -> tuple[bool, bool]:
         return True, True
-
-
-class _Means(_Both):
-    """Every factor that is sent is averaged; the other stays with its device."""
 
     def merge(
         self,
@@ -92,17 +102,38 @@ class _Means(_Both):
         round: int,
         fresh: Fresh,
     ) -> Merged:
-        _check_alike(self, sent, held)
+        if self.equal_ranks:
+            self._check_alike((*sent, *held))
         if not sent:
             return Merged(factors=tuple(held))
         shares = normalised(weights)
-        with_a, with_b = self.sends(round)
-        a = mean([own.a for own in sent], shares).float() if with_a else None
-        b = mean([own.b for own in sent], shares).float() if with_b else None
+        return self._merged(_Case(sent=sent, shares=shares, held=held, round=round, fresh=fresh))
+
+    def _merged(self, case: _Case) -> Merged:
+        raise NotImplementedError
+
+    def _check_alike(self, factors: Sequence[Factors]) -> None:
+        kinds = sorted({(own.rank, own.scale) for own in factors})
+        if len(kinds) > 1:
+            listed = ", ".join(f"{rank} (scale {scale:g})" for rank, scale in kinds)
+            raise TrainingError(
+                f"{type(self).__name__} averages LoRA factors of one rank and scale, not of ranks {listed}"
+            )
+
+
+class _Means(_Rule):
+    """Every factor that is sent is averaged; the other stays with its device."""
+
+    equal_ranks = True
+
+    def _merged(self, case: _Case) -> Merged:
+        with_a, with_b = self.sends(case.round)
+        a = mean([own.a for own in case.sent], case.shares).float() if with_a else None
+        b = mean([own.b for own in case.sent], case.shares).float() if with_b else None
         return Merged(
             factors=tuple(
                 Factors(a=own.a if a is None else a, b=own.b if b is None else b, scale=own.scale)
-                for own in held
+                for own in case.held
             )
         )
 
@@ -152,7 +183,7 @@ class RoLoRA(_Means):
 
 
 @dataclass(frozen=True, slots=True)
-class HetLoRA(_Both):
+class HetLoRA(_Rule):
     r"""Pad with zeros to the largest rank, average, and give each device its first slices.
 
     .. math:: \bar A = \sum_k p_k [A_k; 0], \quad \bar B = \sum_k p_k [s_k B_k, 0], \quad
@@ -170,29 +201,20 @@ class HetLoRA(_Both):
 
     by_norm: bool = False
 
-    def merge(
-        self,
-        sent: Sequence[Factors],
-        weights: Sequence[float],
-        held: Sequence[Factors],
-        *,
-        round: int,
-        fresh: Fresh,
-    ) -> Merged:
-        if not sent:
-            return Merged(factors=tuple(held))
-        norms = [norm(own) for own in sent] if self.by_norm else []
-        shares = normalised(norms if any(norms) else weights)
-        top = max(own.rank for own in sent)
-        mean_a = sent[0].a.new_zeros((top, sent[0].a.shape[1]), dtype=torch.float64)
-        mean_b = sent[0].b.new_zeros((sent[0].b.shape[0], top), dtype=torch.float64)
-        for own, share in zip(sent, shares, strict=True):
+    def _merged(self, case: _Case) -> Merged:
+        norms = [norm(own) for own in case.sent] if self.by_norm else []
+        shares = normalised(norms) if any(norms) else case.shares
+        a, b = case.sent[0].a, case.sent[0].b
+        top = max(own.rank for own in case.sent)
+        mean_a = a.new_zeros((top, a.shape[1]), dtype=torch.float64)
+        mean_b = b.new_zeros((b.shape[0], top), dtype=torch.float64)
+        for own, share in zip(case.sent, shares, strict=True):
             mean_a[: own.rank] += own.a.double() * share
             mean_b[:, : own.rank] += own.b.double() * (share * own.scale)
-        return Merged(factors=deal(mean_a, mean_b, held, lambda item: held[item]))
+        return Merged(factors=deal(mean_a, mean_b, case.held, lambda item: case.held[item]))
 
 
-class FLoRA(_Both):
+class FLoRA(_Rule):
     r"""Stack all factors, which is exact, fold the product into the frozen weight, and start anew.
 
     .. math:: \Delta W^* = [B_1 \dots B_K] \, [p_1 s_1 A_1; \dots; p_K s_K A_K]
@@ -200,27 +222,17 @@ class FLoRA(_Both):
     Wang et al., arXiv 2409.05976. Weights go into one side only. The new A is fresh and B zero.
     """
 
-    def merge(
-        self,
-        sent: Sequence[Factors],
-        weights: Sequence[float],
-        held: Sequence[Factors],
-        *,
-        round: int,
-        fresh: Fresh,
-    ) -> Merged:
-        if not sent:
-            return Merged(factors=tuple(held))
+    def _merged(self, case: _Case) -> Merged:
         return Merged(
             factors=tuple(
-                Factors(a=fresh(item), b=torch.zeros_like(own.b), scale=own.scale)
-                for item, own in enumerate(held)
+                Factors(a=case.fresh(item), b=torch.zeros_like(own.b), scale=own.scale)
+                for item, own in enumerate(case.held)
             ),
-            delta=ideal(sent, weights).float(),
+            delta=ideal(case.sent, case.shares).float(),
         )
 
 
-class FlexLoRA(_Both):
+class FlexLoRA(_Rule):
     r"""Give each device the best approximation of :math:`\Delta W^*` that its rank allows.
 
     .. math:: \Delta W^* = U \Sigma V^T, \quad A_k' = \Sigma_{r_k}^{1/2} V_{r_k}^T, \quad
@@ -229,22 +241,12 @@ class FlexLoRA(_Both):
     Bai et al., arXiv 2402.11505; see :func:`~pwff_opt.federated.aggregation.factors.redistribute`.
     """
 
-    def merge(
-        self,
-        sent: Sequence[Factors],
-        weights: Sequence[float],
-        held: Sequence[Factors],
-        *,
-        round: int,
-        fresh: Fresh,
-    ) -> Merged:
-        if not sent:
-            return Merged(factors=tuple(held))
-        left, right = stack(sent, normalised(weights))
-        return Merged(factors=redistribute(left, right, held, fresh))
+    def _merged(self, case: _Case) -> Merged:
+        left, right = stack(case.sent, case.shares)
+        return Merged(factors=redistribute(left, right, case.held, case.fresh))
 
 
-class FedEx(_Both):
+class FedEx(_Means):
     r"""Average both factors and leave what that misses in the frozen weight: exact.
 
     .. math:: \delta = \Delta W^* - s \bar B \bar A
@@ -252,29 +254,15 @@ class FedEx(_Both):
     FedEx-LoRA: Singhal et al., arXiv 2410.09432. Equal ranks only.
     """
 
-    def merge(
-        self,
-        sent: Sequence[Factors],
-        weights: Sequence[float],
-        held: Sequence[Factors],
-        *,
-        round: int,
-        fresh: Fresh,
-    ) -> Merged:
-        _check_alike(self, sent, held)
-        if not sent:
-            return Merged(factors=tuple(held))
-        shares = normalised(weights)
-        a = mean([own.a for own in sent], shares).float()
-        b = mean([own.b for own in sent], shares).float()
+    def _merged(self, case: _Case) -> Merged:
+        averages = super()._merged(case)
+        own = averages.factors[0]
         # The residual is that of the factors as rounded, so that their rounding is made good too.
-        delta = ideal(sent, weights) - sent[0].scale * (b.double() @ a.double())
-        return Merged(
-            factors=tuple(Factors(a=a, b=b, scale=own.scale) for own in held), delta=delta.float()
-        )
+        delta = ideal(case.sent, case.shares) - own.scale * (own.b.double() @ own.a.double())
+        return replace(averages, delta=delta.float())
 
 
-class RaFLoRA(_Both):
+class RaFLoRA(_Rule):
     r"""Average each rank slice over the devices that have it, then redistribute as FlexLoRA does.
 
     .. math:: \Delta W = \sum_i \sum_{k: r_k \ge i} p_{ki} s_k B_k^{(i)} A_k^{(i)}, \quad
@@ -285,20 +273,9 @@ class RaFLoRA(_Both):
     every device's rank is one of those, the devices that have a slice are the same i by i.
     """
 
-    def merge(
-        self,
-        sent: Sequence[Factors],
-        weights: Sequence[float],
-        held: Sequence[Factors],
-        *,
-        round: int,
-        fresh: Fresh,
-    ) -> Merged:
-        if not sent:
-            return Merged(factors=tuple(held))
-        shares = normalised(weights)
-        present = [0.0] * max(own.rank for own in sent)
-        for own, share in zip(sent, shares, strict=True):
+    def _merged(self, case: _Case) -> Merged:
+        present = [0.0] * max(own.rank for own in case.sent)
+        for own, share in zip(case.sent, case.shares, strict=True):
             for i in range(own.rank):
                 present[i] += share
         # A slice whose only holders weigh nothing has no average: it is left out.
@@ -308,10 +285,10 @@ class RaFLoRA(_Both):
                 dtype=torch.float64,
                 device=own.a.device,
             )[:, None]
-            for own, share in zip(sent, shares, strict=True)
+            for own, share in zip(case.sent, case.shares, strict=True)
         ]
-        left, right = stack(sent, slices)
-        return Merged(factors=redistribute(left, right, held, fresh))
+        left, right = stack(case.sent, slices)
+        return Merged(factors=redistribute(left, right, case.held, case.fresh))
 
 
 RULES: Mapping[str, LoraRule] = MappingProxyType(
@@ -328,13 +305,3 @@ RULES: Mapping[str, LoraRule] = MappingProxyType(
     }
 )
 """By the names of ``[aggregation] lora``; "personal" needs none."""
-
-
-def _check_alike(rule: object, sent: Sequence[Factors], held: Sequence[Factors]) -> None:
-    """Refuse unequal ranks and scales, which leave an average of factors without meaning."""
-    kinds = sorted({(own.rank, own.scale) for own in (*sent, *held)})
-    if len(kinds) > 1:
-        listed = ", ".join(f"{rank} (scale {scale:g})" for rank, scale in kinds)
-        raise TrainingError(
-            f"{type(rule).__name__} averages LoRA factors of one rank and scale, not of ranks {listed}"
-        )

@@ -11,8 +11,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 
-from pwff_opt.costs import CostModel
-from pwff_opt.decision import Schedule
+from pwff_opt.costs import Blocks, CostModel
+from pwff_opt.decision import LayerState, Schedule
 from pwff_opt.errors import TrainingError
 from pwff_opt.federated.backbone import Stack
 from pwff_opt.federated.evaluator import FederatedEvaluator
@@ -203,3 +203,49 @@ def test_an_upload_beyond_half_precision_names_the_device(small: Scenario, tmp_p
     devices = (state.devices[0], large, state.devices[2])
     with pytest.raises(TrainingError, match=r"device 1, round 1: adapter\.1\.up\.bias .* float16"):
         trainer.round(replace(state, devices=devices), 1, decision, (True,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("peft", "table"),
+    [
+        ({}, {"lora": "fedit", "clip_norm": 0.1, "noise_multiplier": 0.5}),
+        ({"upload_dtype": "int8"}, {"lora": "fedit", "server": "adam"}),
+        ({"upload_dtype": "int8"}, {"lora": "hetlora", "server": "momentum"}),
+    ],
+)
+def test_a_change_of_rank_leaves_no_stale_reference(
+    small: Scenario, tmp_path: Path, peft: dict[str, Any], table: dict[str, Any]
+) -> None:
+    evaluator = FederatedEvaluator(variant(small, peft, table), tmp_path)
+    evaluation = evaluator.train(Schedule.parse("1x2:paa 2x4:paa", devices=3))
+    assert evaluation.status == "done", evaluation.reason
+
+
+def test_a_diverged_device_and_a_change_of_rank_under_privacy(
+    small: Scenario, tmp_path: Path
+) -> None:
+    scenario = variant(small, {}, {"lora": "fedit", "clip_norm": 0.1, "noise_multiplier": 0.5})
+    trainer = FederatedEvaluator(scenario, tmp_path).trainer
+    first, second = Schedule.parse("1x2:paa 1x4:paa", devices=3).rounds
+    state, _ = trainer.round(trainer.initial(), 0, first, (True,) * 3)
+    own = state.devices[1]
+    bad = own | {"head.bias": torch.full_like(own["head.bias"], torch.nan)}
+    sick = replace(state, devices=(state.devices[0], bad, state.devices[2]))
+    new, report = trainer.round(sick, 1, second, (True,) * 3)
+    assert report.diverged == (1,)
+    assert new.devices[0]["lora.1.query.A"].shape[0] == 4
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_learns_is_what_the_cost_model_takes_for_learning(small: Scenario, rule: str) -> None:
+    scenario = variant(small, {}, {"lora": rule})
+    (decision,) = Schedule.parse("1x2:fpa", devices=3).rounds
+    for number in range(4):
+        exchange, blocks = Exchange(scenario, number, decision), Blocks.of(scenario, round=number)
+        for layer, state in enumerate(decision.states):
+            names = {factor: f"lora.{layer}.query.{factor}" for factor in "AB"}
+            learns = "".join(f for f, name in names.items() if exchange.learns(name))
+            assert learns == blocks.lora_trained(state)
+            if state is LayerState.AGGREGATED:
+                sends = "".join(f for f, name in names.items() if exchange.sends(name))
+                assert sends == blocks.lora_uploaded
