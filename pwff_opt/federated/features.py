@@ -8,6 +8,7 @@ has, it is the device's own and holds until one of those blocks changes.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pwff_opt.errors import TrainingError
 from pwff_opt.federated.backbone import NOTHING, Backbone, Stack, Start
 from pwff_opt.federated.blocks import Tensors, layer_of
 from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
@@ -35,9 +37,16 @@ class _Store:
     """The activations at one level, [token of the corpus, ...], as far as they are known."""
 
     def __init__(
-        self, hidden: torch.Tensor, projected: torch.Tensor | None, sequences: int
+        self,
+        hidden: torch.Tensor,
+        projected: torch.Tensor | None,
+        sequences: int,
+        *,
+        memory_byte: int,
     ) -> None:
         self.hidden, self.projected = hidden, projected
+        self.memory_byte = memory_byte
+        """What it takes of the budget; nothing where it lies in a file."""
         self.known = np.zeros(sequences, dtype=bool)
         self.below: dict[int, Tensors] = {}
         """The blocks of a device that its activations were computed with."""
@@ -74,17 +83,9 @@ class Features:
                     self._chunk_of[chunk] = len(self._chunks)
                     self._chunks.append(chunk)
         self._left_byte = budget_byte
-        self._in_memory: set[int] = set()
         self._base: dict[Level, _Store] = {}
         self._own: dict[Level, _Store] = {}
         self._lock = threading.Lock()
-
-    @property
-    def byte(self) -> int:
-        """Size of all activations held, in memory and in files."""
-        stores = [*self._base.values(), *self._own.values()]
-        held = [t for store in stores for t in (store.hidden, store.projected) if t is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def start(
         self,
@@ -158,8 +159,8 @@ class Features:
 
     def _nearest(self, level: Level, part: Indices, packed: Packed, below: Tensors) -> Start:
         """Return the highest start that is known for a batch without any block having acted."""
-        lowest = min((layer_of(name) for name in below), default=level.layer) or 0  # type: ignore[type-var]
-        for layer in range(min(lowest, level.layer), 0, -1):
+        layers = [layer for name in below if (layer := layer_of(name)) is not None]
+        for layer in range(min(layers, default=level.layer), 0, -1):
             store = self._base.get(Level(layer))
             if store is not None and store.known[part].all():
                 rows = torch.from_numpy(self._tokens.rows(part))
@@ -167,40 +168,51 @@ class Features:
         return self._backbone.embed(packed)
 
     def _new_store(self, level: Level) -> _Store:
-        total, backbone = int(self._tokens.offsets[-1]), self._backbone
-        projected = None
-        hidden = self._array(total, backbone.hidden, torch.float32)
+        rows, backbone = int(self._tokens.offsets[-1]), self._backbone
+        width = 0
         if not level.completed and level.layer < backbone.layer_count:
-            columns = backbone.layers[level.layer].columns.values()
-            width = max(part.stop for part in columns)
-            projected = self._array(total, width, backbone.dtype)
-        return _Store(hidden, projected, len(self._tokens))
+            width = max(part.stop for part in backbone.layers[level.layer].columns.values())
+        need = rows * (backbone.hidden * torch.float32.itemsize + width * backbone.dtype.itemsize)
+        in_memory = need <= self._left_byte
+        if in_memory:
+            self._left_byte -= need
+        else:
+            logger.info(
+                "cached activations: %.2f GB in files in %s", need / 1e9, tempfile.gettempdir()
+            )
+        room = _memory if in_memory else _file
+        with torch.inference_mode(False):  # it will be read and written in either mode
+            return _Store(
+                room(rows, backbone.hidden, torch.float32),
+                room(rows, width, backbone.dtype) if width else None,
+                len(self._tokens),
+                memory_byte=need if in_memory else 0,
+            )
 
     def _discard(self, stores: dict[Level, _Store]) -> None:
-        for store in stores.values():
-            for tensor in (store.hidden, store.projected):
-                if tensor is not None and tensor.data_ptr() in self._in_memory:
-                    self._in_memory.remove(tensor.data_ptr())
-                    self._left_byte += tensor.numel() * tensor.element_size()
+        self._left_byte += sum(store.memory_byte for store in stores.values())
         stores.clear()
 
-    def _array(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return room for activations: memory within the budget, else a file without a name."""
-        need = rows * width * dtype.itemsize
-        if need <= self._left_byte:
-            self._left_byte -= need
-            with torch.inference_mode(False):  # it will be read and written in either mode
-                array = torch.empty(rows, width, dtype=dtype)
-            self._in_memory.add(array.data_ptr())
-            return array
-        logger.info(
-            "cached activations: %.2f GB in a file in %s", need / 1e9, tempfile.gettempdir()
+
+def _memory(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(rows, width, dtype=dtype)
+
+
+def _file(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return room in a file that goes with the tensor: it has lost its name once it is mapped."""
+    need = rows * width * dtype.itemsize
+    with tempfile.NamedTemporaryFile(prefix="pwff_opt-features-") as file:
+        try:
+            # The blocks themselves, now: a write to a mapped file on a full disk kills the process.
+            os.posix_fallocate(file.fileno(), 0, need)
+        except OSError as error:
+            raise TrainingError(
+                f"cached activations need {need / 1e9:.2f} GB in {tempfile.gettempdir()} "
+                f"({error.strerror}); make room, set TMPDIR, or raise training.feature_cache_byte"
+            ) from error
+        return torch.from_file(file.name, shared=True, size=rows * width, dtype=dtype).view(
+            rows, width
         )
-        with tempfile.NamedTemporaryFile(prefix="pwff_opt-features-") as file:
-            file.truncate(need)
-            with torch.inference_mode(False):
-                array = torch.from_file(file.name, shared=True, size=rows * width, dtype=dtype)
-        return array.view(rows, width)
 
 
 def _is_below(name: str, level: Level) -> bool:

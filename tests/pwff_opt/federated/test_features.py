@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,3 +93,17 @@ def test_the_base_models_activations_are_computed_once(
     assert not passes
     evaluator.train(Schedule.parse("3x2:faa", devices=3))  # another level
     assert passes
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    small: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    scenario = replace(small, training=replace(small.training, feature_cache_byte=0.0))
+    evaluation = FederatedEvaluator(scenario, tmp_path).train(Schedule.parse("1x2:ffa", devices=3))
+    assert evaluation.status == "failed"
+    assert "No space left on device" in evaluation.reason
+    assert "raise training.feature_cache_byte" in evaluation.reason
