@@ -25,24 +25,19 @@ import os
 for _name in ("OMP", "OPENBLAS", "MKL", "NUMBA", "RAYON"):
     os.environ[f"{_name}_NUM_THREADS"] = "1"
 
-import argparse
-import json
-import platform
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import cvxpy as cp
 import numpy as np
+from harness import machine, parser, versions, write
 
 from pwff_solvers.allocation import Batch, LeastEnergy, Objective, Shortest, Weighted, solve
 from pwff_solvers.allocation.oracle import CvxpyFixed, CvxpyJoint, OracleSolve
 
-RESULT = Path(__file__).parent / "results" / "allocator.json"
 PACKAGES = ("numpy", "scipy", "numba", "cvxpy", "clarabel")
 ROUND_FACTORS = (1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
 TARGET_RATIO = {
@@ -350,31 +345,6 @@ def pin_to_one_core() -> int | None:
     return core
 
 
-def machine(cores: int | None, pinned: int | None) -> dict[str, Any]:
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "processor": model,
-        "cores": cores,
-        "pinned_to_core": pinned,
-    }
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except ModuleNotFoundError:
-            found[package] = "absent"
-    return found
-
-
 def verdict(met: bool | None) -> str:
     return "" if met is None else "met" if met else "MISSED"
 
@@ -428,19 +398,16 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the allocator on one core")
-    parser.add_argument("--quick", action="store_true", default=bool(os.environ.get("BENCH_QUICK")))
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    arguments = parser("the allocator on one core")
+    given = arguments.parse_args()
     warnings.simplefilter("ignore")  # cvxpy warns of inaccurate solutions; they are counted
     size = QUICK if given.quick else Size()
-    cores = os.cpu_count()
     pinned = pin_to_one_core()
     load = os.getloadavg()[0]
     speed = throughput(size)
     result = {
-        "machine": machine(cores, pinned),
-        "versions": versions(),
+        "machine": machine(pinned_to_core=pinned),
+        "versions": versions(PACKAGES),
         "load_average": load,
         "quick": given.quick,
         "repeats": size.repeats,
@@ -450,11 +417,7 @@ def main() -> None:
         "limit": limits(speed),
     }
     show(result)
-    out = given.out or (None if given.quick else RESULT)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {out}")
+    write(result, given, "allocator")
 
 
 if __name__ == "__main__":

@@ -36,19 +36,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from harness import machine, parser, versions, write
 from torch.utils.flop_counter import FlopCounterMode
 from trainer_rival import IntArray, Job, Outcome, PeftModel, load_base, train
 from transformers import AutoTokenizer
@@ -67,7 +66,6 @@ from pwff_opt.scenario import Scenario
 from pwff_opt.scenario_io import read_scenario
 
 HERE = Path(__file__).resolve().parent
-RESULT = HERE / "results" / "trainer.json"
 FLOWER = HERE.parent / ".venv-flower"
 PACKAGES = ("numpy", "torch", "transformers", "peft")
 Dtype = Literal["float32", "bfloat16"]
@@ -654,25 +652,6 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def machine() -> dict[str, Any]:
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":")[1].strip() if names else model
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "processor": model,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-    }
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-
-
 def verdict(met: bool | None) -> str:
     return "not judged" if met is None else "met" if met else "MISSED"
 
@@ -770,11 +749,9 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the trainer against plain peft and Flower")
-    parser.add_argument("--quick", action="store_true", default=bool(os.environ.get("BENCH_QUICK")))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--memory", type=int, metavar="DEVICES", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    arguments = parser("the trainer against plain peft and Flower")
+    arguments.add_argument("--memory", type=int, metavar="DEVICES", help=argparse.SUPPRESS)
+    given = arguments.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if given.memory:
         print(json.dumps(memory_of(given.memory)))
@@ -789,8 +766,8 @@ def main() -> None:
         sample = every[size.first :: size.every]
         found = compared(scenario, sample, size, Path(scratch))
     result = {
-        "machine": machine(),
-        "versions": versions(),
+        "machine": machine(torch_threads=torch.get_num_threads()),
+        "versions": versions(PACKAGES),
         "load_average": load,
         "quick": given.quick,
         "mean_depth": {
@@ -801,11 +778,7 @@ def main() -> None:
         "memory": memory(size),
     }
     show(result)
-    out = given.out or (None if given.quick else RESULT)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {out}")
+    write(result, given, "trainer")
 
 
 if __name__ == "__main__":

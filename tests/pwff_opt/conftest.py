@@ -10,8 +10,6 @@ import pytest
 import torch
 from transformers import (
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
 )
@@ -56,23 +54,6 @@ ranks = [0, 2, 4]
 population = 4
 curve_points = 5
 """
-
-
-@pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    AutoTokenizer.from_pretrained(model_source("minilm")).save_pretrained(folder)
-    torch.manual_seed(5)
-    config = BertConfig(
-        vocab_size=30522,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

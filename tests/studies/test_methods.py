@@ -10,12 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from pwff_opt.errors import RunError
 from pwff_opt.federated import data as corpora
 from pwff_opt.federated.aggregation import RULES, Factors
-from pwff_opt.models import model_source
 from pwff_opt.records import RunFolder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
@@ -27,22 +25,11 @@ METHODS = ("pwff", "local", "fedsa", "flora-mixed")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """The study's scenario on an untrained BERT of three small layers, with little of everything."""
-    model = tmp_path_factory.mktemp("model")
-    AutoTokenizer.from_pretrained(model_source("minilm")).save_pretrained(model)
-    torch.manual_seed(5)
-    config = BertConfig(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertForSequenceClassification(config).save_pretrained(model)
+def text(small_model):
+    """The study's scenario on a small model, with little of everything."""
     given = study.SCENARIO.read_text(encoding="utf-8")
     for old, new in {
-        '"minilm"': f'"{model}"',
+        '"minilm"': f'"{small_model}"',
         "max_tokens = 64": "max_tokens = 16",
         "train_per_device = 240": "train_per_device = 24",
         "validation_per_device = 40": "validation_per_device = 4",
