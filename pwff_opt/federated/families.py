@@ -16,6 +16,8 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from pwff_opt.errors import ModelError
+from pwff_opt.federated.attention import Around
+from pwff_opt.federated.products import Frozen
 from pwff_opt.federated.tokens import Packed
 
 # The projections that carry a LoRA: queries and values (Hu et al., ICLR 2022, section 4.2).
@@ -44,58 +46,13 @@ class Layer(Protocol):
         """Return the output, [token, hidden], from the input and the projections by name."""
 
 
-class Around:
-    """What all layers see of a batch: how it is packed, who may attend to whom, rotations."""
-
-    def __init__(
-        self,
-        packed: Packed,
-        *,
-        causal: bool,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> None:
-        self.packed = packed
-        self.rotary = rotary
-        self._bias: torch.Tensor | None = None
-        if causal:
-            # Padding comes last, so no token attends to it.
-            ones = torch.ones(
-                packed.width, packed.width, dtype=torch.bool, device=packed.ids.device
-            )
-            self._bias = torch.zeros(ones.shape, device=ones.device)
-            self._bias = self._bias.masked_fill(ones.triu(1), -1e9)
-        elif packed.inside is not None:
-            inside = packed.inside[:, None, None]
-            self._bias = torch.zeros(inside.shape, device=inside.device)
-            self._bias = self._bias.masked_fill(~inside, -1e9)
-
-    def attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float
-    ) -> torch.Tensor:
-        """Return the attended values, [token, head x size], of [token, head, size] each.
-
-        Written out: at tens of tokens a sequence, torch's fused attention is no faster forwards and,
-        in bfloat16, several times slower backwards.
-        """
-        pad = self.packed.pad
-        groups = queries.shape[1] // keys.shape[1]
-        q = pad(queries * scale).transpose(1, 2)
-        k, v = pad(keys).transpose(1, 2), pad(values).transpose(1, 2)
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = q @ k.transpose(2, 3)
-        if self._bias is not None:
-            scores = scores + self._bias
-        return self.packed.unpad((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-
 class _Products:
     """Queries, keys and values by one product."""
 
     columns: Mapping[str, slice]
 
     def __init__(self, parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype) -> None:
-        self._weight, self._bias = _fused(parts, dtype)
+        self._product = _fused(parts, dtype)
         ends, columns = 0, {}
         for name, part in parts.items():
             columns[name] = slice(ends, ends + part.out_features)
@@ -103,14 +60,15 @@ class _Products:
         self.columns = columns
 
     def project(self, entered: torch.Tensor) -> torch.Tensor:
-        return _linear(entered, self._weight, self._bias)
+        return self._product(entered).float()
 
     def change(self, deltas: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        weight = self._weight.to(torch.float32, copy=True)
+        frozen = self._product.weight
+        weight = frozen.to(torch.float32, copy=True)
         for name, delta in deltas.items():
             weight[self.columns[name]] += delta
-        weight = weight.to(self._weight.dtype)
-        return lambda entered: _linear(entered, weight, self._bias)
+        product = Frozen(weight.to(frozen.dtype), self._product.bias)
+        return lambda entered: product(entered).float()
 
 
 class BertLayer(_Products):
@@ -135,10 +93,9 @@ class BertLayer(_Products):
     ) -> torch.Tensor:
         q, k, v = (parts[name].unflatten(1, (self._heads, -1)) for name in self.columns)
         context = around.attend(q, k, v, scale=q.shape[-1] ** -0.5)
-        x = self._norm(_linear(context, *self._out) + x)
-        weight, bias = self._up
-        inner = self._activation(functional.linear(x.to(weight.dtype), weight, bias))
-        return self._last_norm(_linear(inner, *self._down) + x)  # type: ignore[no-any-return]
+        x = self._norm(self._out(context).float() + x)
+        inner = self._activation(self._up(x))
+        return self._last_norm(self._down(inner).float() + x)  # type: ignore[no-any-return]
 
 
 class LlamaLayer(_Products):
@@ -169,10 +126,9 @@ class LlamaLayer(_Products):
             v.unflatten(1, (self._pairs, -1)),
             scale=q.shape[-1] ** -0.5,
         )
-        x = _linear(context, *self._out) + x
-        weight, bias = self._up
-        gate, up = functional.linear(self._after(x).to(weight.dtype), weight, bias).chunk(2, 1)
-        return _linear(self._activation(gate) * up, *self._down) + x
+        x = self._out(context).float() + x
+        gate, up = self._up(self._after(x)).chunk(2, 1)
+        return self._down(self._activation(gate) * up).float() + x
 
 
 LAYERS: dict[str, Callable[[Any, Any, torch.dtype], Layer]] = {
@@ -223,21 +179,16 @@ class Ends:
         return pooler.activation(pooler.dense(packed.first(hidden)))  # type: ignore[no-any-return]
 
 
-def _fused(
-    parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _fused(parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype) -> Frozen:
+    """Return several maps of the same input as one, outputs side by side."""
     weight = torch.cat([part.weight.detach() for part in parts.values()]).to(dtype)
     if all(part.bias is None for part in parts.values()):
-        return weight, None
+        return Frozen(weight, None)
     biases = [
         torch.zeros(part.out_features) if part.bias is None else part.bias.detach()
         for part in parts.values()
     ]
-    return weight, torch.cat(biases).to(dtype)
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return functional.linear(x.to(weight.dtype), weight, bias).float()
+    return Frozen(weight, torch.cat(biases).to(dtype))
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -102,9 +102,9 @@ class Features:
             below = {name: t for name, t in own.items() if _is_below(name, level)}
             store = self._filled(level, device, batch, below, scale, common_scale)
             rows = torch.from_numpy(self._tokens.rows(batch))
-            hidden.append(store.hidden[rows])
+            hidden.append(store.hidden.index_select(0, rows))
             if store.projected is not None:
-                projected.append(store.projected[rows])
+                projected.append(store.projected.index_select(0, rows))
         device_of = self._backbone.device
         return Start(
             layer=level.layer,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 
-EVALUATION_TOKENS = 2048  # a batch without gradients: enough to fill the arithmetic units
+EVALUATION_TOKENS = 512  # a batch without gradients: fills the arithmetic units and stays in cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,8 +79,12 @@ class Packed:
     """[sequence]"""
     width: int
     """Length of the longest sequence."""
-    places: torch.Tensor | None
-    """[token]: row of a token among [sequence x width] padded ones; None if all are equally long."""
+    sequence_of: torch.Tensor
+    """[token]: of a token in the batch."""
+    places: torch.Tensor
+    """[token]: where a token is among [sequence x width] padded places."""
+    slots: torch.Tensor
+    """[sequence x width]: the token in a padded place; the sequence's first where there is none."""
     inside: torch.Tensor | None
     """[sequence, width]: whether there is a token; None if all are equally long."""
     token_counts: tuple[int, ...]
@@ -97,18 +101,18 @@ class Packed:
         width = int(lengths.max())
         rows = tokens.rows(indices)
         positions = rows - np.repeat(tokens.offsets[indices], lengths)
-        places = inside = None
-        if (lengths != width).any():
-            sequence = np.repeat(np.arange(len(indices)), lengths)
-            places = torch.from_numpy(sequence * width + positions).to(device)
-            inside = torch.from_numpy(np.arange(width) < lengths[:, None]).to(device)
+        sequence = np.repeat(np.arange(len(indices)), lengths)
+        there = np.arange(width) < lengths[:, None]
+        slots = (np.cumsum(lengths) - lengths)[:, None] + np.where(there, np.arange(width), 0)
         return cls(
             ids=torch.from_numpy(tokens.ids[rows]).to(device),
             positions=torch.from_numpy(positions).to(device),
             lengths=torch.from_numpy(lengths).to(device),
             width=width,
-            places=places,
-            inside=inside,
+            sequence_of=torch.from_numpy(sequence).to(device),
+            places=torch.from_numpy(sequence * width + positions).to(device),
+            slots=torch.from_numpy(slots.ravel()).to(device),
+            inside=None if there.all() else torch.from_numpy(there).to(device),
             token_counts=tuple(int(tokens.lengths[batch].sum()) for batch in batches),
             sequence_counts=tuple(len(batch) for batch in batches),
         )
@@ -117,23 +121,10 @@ class Packed:
     def sequences(self) -> int:
         return len(self.lengths)
 
-    def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [sequence, width, ...] from [token, ...], zero where there is no token."""
-        if self.places is not None:
-            x = _Scatter.apply(x, self.places, self.sequences * self.width)  # type: ignore[no-untyped-call]
-        return x.reshape(self.sequences, self.width, *x.shape[1:])
-
-    def unpad(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [token, ...] from [sequence, width, ...]."""
-        x = x.flatten(0, 1)
-        if self.places is None:
-            return x
-        gathered: torch.Tensor = _Gather.apply(x, self.places)  # type: ignore[no-untyped-call]
-        return gathered
-
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """Return the mean over the tokens of every sequence, [sequence, ...]."""
-        return self.pad(x).sum(1) / self.lengths[:, None]
+        sums = x.new_zeros(self.sequences, *x.shape[1:]).index_add(0, self.sequence_of, x)
+        return sums / self.lengths[:, None]
 
     def first(self, x: torch.Tensor) -> torch.Tensor:
         """Return every sequence's first token, [sequence, ...]."""
@@ -142,32 +133,3 @@ class Packed:
     def last(self, x: torch.Tensor) -> torch.Tensor:
         """Return every sequence's last token, [sequence, ...]."""
         return x[self.lengths.cumsum(0) - 1]
-
-
-class _Scatter(torch.autograd.Function):
-    """Rows to their places among zeros.  No row is another's stand-in: a NaN stays where it is."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        return x.new_zeros(rows, *x.shape[1:]).index_copy_(0, places, x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grads[0].index_select(0, *ctx.saved_tensors), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """The reverse; places are distinct, so its gradient needs no sums."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        ctx.rows = len(x)
-        return x.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad = grads[0]
-        (places,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, places, grad), None

@@ -131,7 +131,7 @@ def test_whatever_training_leaves_loads_with_plain_peft(
             common_scale=lora_scale(scenario.peft, common) if common else 1.0,
         )
         mask = torch.arange(packed.width) < packed.lengths[:, None]
-        ids = packed.pad(packed.ids[:, None]).squeeze(2)
+        ids = packed.ids[packed.slots].view(mask.shape)
         ids = ids.masked_fill(~mask, evaluator.tokens.pad_id)
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask.long()).logits

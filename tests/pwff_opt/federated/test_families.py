@@ -98,8 +98,8 @@ def test_logits_are_those_of_transformers(
     with torch.inference_mode():
         expected = model.eval()(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         for layer in range(1, 3):
-            ours = packed.pad(backbone.run(packed, NOTHING, backbone.embed(packed), stop=layer))
-            theirs = expected.hidden_states[layer] * mask[..., None]
+            ours = backbone.run(packed, NOTHING, backbone.embed(packed), stop=layer)
+            theirs = expected.hidden_states[layer].flatten(0, 1)[packed.places]
             assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
         pooled = backbone.ends.pool(backbone.run(packed, NOTHING, backbone.embed(packed)), packed)
         head = model.classifier if family == "bert" else model.score
@@ -140,19 +140,17 @@ def test_a_window_of_attention_shorter_than_the_texts_is_refused(
         Backbone(str(tmp_path), family="llama", classes=2, pooling="model", max_tokens=17)
 
 
-def test_padding_and_back(tokens: Tokens) -> None:
+def test_packing(tokens: Tokens) -> None:
     packed = Packed.of(tokens, [np.array([1, 0]), np.array([3])])
-    x = torch.randn(31, 4, requires_grad=True)
-    there = packed.pad(x)
-    assert there.shape == (3, 17, 4)
-    assert torch.equal(packed.unpad(there), x)
-    assert not there[1, 5:].any()
+    x = torch.randn(31, 4)
+    there = x[packed.slots].view(3, 17, 4)
+    assert torch.equal(there.flatten(0, 1)[packed.places], x)
+    assert torch.equal(there[1, 5:], x[17].expand(12, 4))
+    assert packed.inside is not None
+    assert packed.inside.sum(1).tolist() == [17, 5, 9]
     assert packed.token_counts == (22, 9)
     assert packed.sequence_counts == (2, 1)
-    weights = torch.randn(3, 17, 4)
-    (packed.unpad(there * weights) ** 2).sum().backward()
-    at = packed.unpad(weights)
-    torch.testing.assert_close(x.grad, 2 * x.detach() * at**2)
     torch.testing.assert_close(packed.mean(x)[1], x[17:22].mean(0))
     assert torch.equal(packed.first(x), x[[0, 17, 22]])
     assert torch.equal(packed.last(x), x[[16, 21, 30]])
+    assert Packed.of(tokens, [np.array([1]), np.array([1])]).inside is None
