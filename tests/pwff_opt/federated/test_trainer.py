@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,7 @@ from pwff_opt.participation import participants
 from pwff_opt.scenario import Scenario
 
 
-def close(a: Tensors, b: Tensors) -> None:
+def distances(a: Tensors, b: Tensors) -> dict[str, float]:
     """Relative error of every block (an adapter, a layer's LoRA, the head) in the Euclidean norm.
 
     What aggregation has left in frozen weights counts with the LoRA that it is a remainder of.
@@ -42,9 +42,11 @@ def close(a: Tensors, b: Tensors) -> None:
         kind, layer = name.replace("delta.", "lora.").split(".")[:2]
         block = kind if kind == "head" else f"{kind}.{layer}"
         blocks.setdefault(block, []).append(name)
+    errors = {}
     for block, names in blocks.items():
         ours, theirs = (torch.cat([x[name].flatten() for name in names]) for x in (a, b))
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), block
+        errors[block] = float((ours - theirs).norm() / theirs.norm())
+    return errors
 
 
 def same(a: State, b: State) -> None:
@@ -119,10 +121,13 @@ def plain_steps(
     number: int,
     device: int,
     decision: RoundDecision,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensors:
     """Train one device for a round with plain transformers, peft and torch; return its blocks."""
     trainer, exchange = evaluator.trainer, Exchange(scenario, number, decision)
     model, named = plain_device(scenario, start, decision.ranks[device])
+    model.to(dtype)
     for name, parameter in named.items():
         parameter.requires_grad_(exchange.learns(name))
     optimiser = torch.optim.AdamW(
@@ -146,7 +151,42 @@ def plain_steps(
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    return start | {name: p.detach().clone() for name, p in named.items()}
+    return start | {name: p.detach().clone().float() for name, p in named.items()}
+
+
+def plain_rounds(
+    scenario: Scenario,
+    evaluator: FederatedEvaluator,
+    schedule: Schedule,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[State]:
+    """Train one device after another by ``plain_steps``; yield the state after every round."""
+    trainer = evaluator.trainer
+    state = trainer.initial()
+    for number, (decision, present) in enumerate(
+        zip(schedule.rounds, schedule.present, strict=True)
+    ):
+        before = [
+            trainer._prepared(own, decision.ranks[k], present, number, k)
+            for k, own in enumerate(state.devices)
+        ]
+        after = [
+            plain_steps(scenario, evaluator, start, number, device, decision, dtype=dtype)
+            for device, start in enumerate(before)
+        ]
+        state, _ = Exchange(scenario, number, decision).merge(
+            before,
+            after,
+            [True] * len(before),
+            len(before),
+            [1.0] * len(before),
+            state,
+            fresh=lambda k, layer, name, at=(decision, number + 1): trainer._fresh_a(  # type: ignore[misc]
+                at[0].ranks[k], layer, name, at[1], k
+            ),
+        )
+        yield state
 
 
 def with_tables(scenario: Scenario, peft: dict[str, Any], table: dict[str, Any]) -> Scenario:
@@ -182,37 +222,29 @@ def with_tables(scenario: Scenario, peft: dict[str, Any], table: dict[str, Any])
 def test_equals_plain_peft_one_device_after_another(
     small: Scenario, tmp_path: Path, text: str, peft: dict[str, Any], table: dict[str, Any]
 ) -> None:
-    """Only what each device does on its own is done twice; the exchange has tests of its own."""
+    """Only what each device does on its own is done twice; the exchange has tests of its own.
+
+    AdamW divides a gradient by its own size, so that the smallest ones, all rounding, count as much as
+    others: in a case of these, plain peft in float32 is itself 1.5e-5 away from plain peft in float64.  What
+    float32 does not determine is not asked for: the bound is 1e-5, or that distance where it is larger.
+    """
     scenario = with_tables(small, peft, table)
     evaluator = FederatedEvaluator(scenario, tmp_path)
-    trainer = evaluator.trainer
     schedule = Schedule.parse(text, devices=3)
-    state = ours = trainer.initial()
-    for number, (decision, present) in enumerate(
-        zip(schedule.rounds, schedule.present, strict=True)
-    ):
-        before = [
-            trainer._prepared(own, decision.ranks[k], present, number, k)
-            for k, own in enumerate(state.devices)
-        ]
-        after = [
-            plain_steps(scenario, evaluator, start, number, device, decision)
-            for device, start in enumerate(before)
-        ]
-        state, _ = Exchange(scenario, number, decision).merge(
-            before,
-            after,
-            [True] * 3,
-            3,
-            [1.0] * 3,
-            state,
-            fresh=lambda k, layer, name, at=(decision, number + 1): trainer._fresh_a(  # type: ignore[misc]
-                at[0].ranks[k], layer, name, at[1], k
-            ),
+    ours = evaluator.trainer.initial()
+    for number, (plain, exact) in enumerate(
+        zip(
+            plain_rounds(scenario, evaluator, schedule),
+            plain_rounds(scenario, evaluator, schedule, dtype=torch.float64),
+            strict=True,
         )
-        ours, _ = trainer.round(ours, number, decision, present)
+    ):
+        decision, present = schedule.rounds[number], schedule.present[number]
+        ours, _ = evaluator.trainer.round(ours, number, decision, present)
         for device in range(3):
-            close(ours.devices[device], state.devices[device])
+            rounding = distances(plain.devices[device], exact.devices[device])
+            for block, error in distances(ours.devices[device], plain.devices[device]).items():
+                assert error <= max(1e-5, rounding[block]), (number, device, block)
 
 
 def test_default_exchange_averages_adapters_and_shared_heads_and_nothing_else(
@@ -258,7 +290,7 @@ def test_the_cache_changes_nothing_but_rounding(small: Scenario, run: Callable[.
     without = replace(small, training=replace(small.training, feature_cache_byte=0.0))
     cached, plain = run("3x2:ffa"), run("3x2:ffa", scenario=without)
     for own, other in zip(cached[0].devices, plain[0].devices, strict=True):
-        close(own, other)
+        assert max(distances(own, other).values()) <= 1e-5
 
 
 def test_another_seed_is_another_training(small: Scenario, run: Callable[..., Any]) -> None:
@@ -372,7 +404,7 @@ def test_out_of_memory_cuts_the_mini_batch_and_goes_on(
     cut = run("2x2:faa")
     assert "mini-batches are now cut into" in caplog.text
     for own, other in zip(cut[0].devices, expected[0].devices, strict=True):
-        close(own, other)
+        assert max(distances(own, other).values()) <= 1e-5
 
 
 def test_memory_that_never_suffices_is_an_error(
