@@ -12,8 +12,31 @@ from pymoo.core.mutation import Mutation
 IntArray = NDArray[np.int64]
 
 
+def crossed(pairs: IntArray, rng: np.random.Generator) -> IntArray:
+    """Return two children of every pair [2, pair, gene], which take each gene from one or the other."""
+    swap = rng.random(pairs.shape[1:]) < 0.5
+    return np.stack([np.where(swap, pairs[1], pairs[0]), np.where(swap, pairs[0], pairs[1])])
+
+
+def mutated(
+    genomes: IntArray,
+    cardinalities: IntArray,
+    ordinal: NDArray[np.bool_],
+    rng: np.random.Generator,
+) -> IntArray:
+    """Change each gene [genome, gene] with chance 1/n: an ordered one by a step, another to any value."""
+    change = (rng.random(genomes.shape) < 1.0 / genomes.shape[1]) & (cardinalities > 1)
+    step = np.where(rng.random(genomes.shape) < 0.5, -1, 1)
+    # At an end of the scale the only step there is leads inwards.
+    step = np.where(genomes == 0, 1, np.where(cardinalities - 1 == genomes, -1, step))
+    other = genomes + 1 + rng.integers(0, np.maximum(cardinalities - 1, 1), genomes.shape)
+    return np.asarray(
+        np.where(change, np.where(ordinal, genomes + step, other % cardinalities), genomes)
+    )
+
+
 class UniformCrossover(Crossover):  # type: ignore[misc]
-    """Two children that take every gene from one parent or the other with equal chance."""
+    """:func:`crossed`, for nine pairs in ten."""
 
     def __init__(self) -> None:
         super().__init__(n_parents=2, n_offsprings=2, prob=0.9)
@@ -26,12 +49,11 @@ class UniformCrossover(Crossover):  # type: ignore[misc]
         random_state: np.random.Generator,
         **kwargs: Any,
     ) -> IntArray:
-        swap = random_state.random(X.shape[1:]) < 0.5
-        return np.stack([np.where(swap, X[1], X[0]), np.where(swap, X[0], X[1])])
+        return crossed(X, random_state)
 
 
 class StepMutation(Mutation):  # type: ignore[misc]
-    """Change each gene with chance 1/n: an ordered one by a step, another to any other value."""
+    """:func:`mutated`."""
 
     def __init__(self, cardinalities: IntArray, ordinal: NDArray[np.bool_]) -> None:
         super().__init__()
@@ -45,10 +67,4 @@ class StepMutation(Mutation):  # type: ignore[misc]
         random_state: np.random.Generator,
         **kwargs: Any,
     ) -> IntArray:
-        limits = self._cardinalities
-        change = (random_state.random(X.shape) < 1.0 / X.shape[1]) & (limits > 1)
-        step = np.where(random_state.random(X.shape) < 0.5, -1, 1)
-        # At an end of the scale the only step there is leads inwards.
-        step = np.where(X == 0, 1, np.where(limits - 1 == X, -1, step))
-        other = (X + 1 + random_state.integers(0, np.maximum(limits - 1, 1), X.shape)) % limits
-        return np.asarray(np.where(change, np.where(self._ordinal, X + step, other), X))
+        return mutated(X, self._cardinalities, self._ordinal, random_state)

@@ -1,0 +1,143 @@
+r"""Expected hypervolume improvement where two objectives are known curves and the third is uncertain.
+
+A candidate (a training) offers several *cuts* (the rounds after which it may end).  A cut is a curve in the
+plane of the two known objectives, x and y, and an error z that is known up to a normal distribution.
+All are minimised.  Areas are measured on cells of x; along z the integral is in closed form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr
+
+FloatArray = NDArray[np.float64]
+
+_CHUNK = 2_000_000
+"""Numbers in a temporary array: it stays within the cache of a few MB a core."""
+
+
+def on_grid(x: FloatArray, y: FloatArray, edges: FloatArray, reference: float) -> FloatArray:
+    """Return the least y that a curve reaches by the middle of every cell of x, [..., cell].
+
+    Parameters
+    ----------
+    x, y : [..., point]
+        Points of curves that fall from left to right (x ascending, y descending); between them they
+        are interpolated.
+    edges : [cell + 1]
+        Ascending.
+    reference : float
+        What counts where a curve has not begun, and the most that is returned.
+    """
+    middle = 0.5 * (edges[1:] + edges[:-1])
+    shape = x.shape[:-1]
+    rows = [
+        np.interp(middle, own_x, own_y, left=np.inf)
+        for own_x, own_y in zip(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), strict=True)
+    ]
+    return np.minimum(np.array(rows).reshape(*shape, len(middle)), reference)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attained:
+    """The least y at every level of error and cell of x that has been reached, within a reference.
+
+    Between ``levels[k - 1]`` and ``levels[k]`` of error row k holds; row 0 is below all errors, where
+    nothing is attained.
+    """
+
+    levels: FloatArray
+    """[level]: errors, ascending; the last is the reference's."""
+    least: FloatArray
+    """[level, cell]"""
+    width: FloatArray
+    """[cell]"""
+    reference: float
+    """Of y."""
+
+    @classmethod
+    def of(
+        cls,
+        curves: FloatArray,
+        errors: FloatArray,
+        edges: FloatArray,
+        reference: tuple[float, float],
+    ) -> Attained:
+        """Return what curves [cut, cell] (see :func:`on_grid`) with known errors [cut] attain.
+
+        ``reference``: of y and of the error.
+        """
+        order = np.argsort(errors, kind="stable")
+        order = order[errors[order] < reference[1]]
+        nothing = np.full((1, len(edges) - 1), reference[0])
+        least = np.minimum.accumulate(np.vstack([nothing, curves[order]]), axis=0)
+        # A cut that lowers y nowhere bounds no level of its own.
+        new = np.concatenate([[True], (least[1:] < least[:-1]).any(axis=1)])
+        levels = np.concatenate([errors[order][new[1:]], [reference[1]]])
+        return cls(
+            levels=levels, least=least[new], width=np.diff(edges), reference=float(reference[0])
+        )
+
+    @property
+    def hypervolume(self) -> float:
+        """What is dominated within the reference and the cells."""
+        heights = np.diff(self.levels)
+        areas = (self.reference - self.least[1:]) @ self.width
+        return float(areas @ heights)
+
+
+def expected_improvement(
+    attained: Attained, curves: FloatArray, mean: FloatArray, std: FloatArray
+) -> FloatArray:
+    r"""Return the expected gain in hypervolume of every candidate, [candidate].
+
+    Parameters
+    ----------
+    attained : Attained
+    curves : [candidate, cut, cell]
+    mean, std : [candidate, cut]
+        Of the errors; with a standard deviation of 0 it is the improvement of the mean.
+
+    Notes
+    -----
+    For one cut, with :math:`A_k` the area by which the candidate's curve lowers row k and
+    :math:`\psi(b) = (b-\mu)\Phi(\frac{b-\mu}{s}) + s\,\varphi(\frac{b-\mu}{s})`,
+
+    .. math:: \mathrm{EHVI} = \sum_k A_k\,(\psi(z_{k+1}) - \psi(z_k)),
+
+    since :math:`\int_a^b P(z' \le z)\,dz = \psi(b) - \psi(a)`.  Several cuts are taken to err
+    together: their errors are :math:`\mu_m + s_m \varepsilon` with one :math:`\varepsilon`.  Then the
+    cuts below a level z are nested, those with the largest :math:`(z-\mu_m)/s_m` first, and the
+    integral is again a sum of :math:`\psi`, exact where that order does not change within a level.
+    """
+    count, cuts, cells = curves.shape
+    levels = len(attained.levels)
+    gains = np.empty(count)
+    size = max(1, _CHUNK // (levels * cells))
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        gains[part] = _gains(attained, curves[part], mean[part], np.maximum(std[part], 1e-12))
+    return gains
+
+
+def _gains(attained: Attained, curves: FloatArray, mean: FloatArray, std: FloatArray) -> FloatArray:
+    upper = attained.levels
+    # psi at the ends of every level, [candidate, level, cut]; nothing lies below the first.
+    t = (upper[None, :, None] - mean[:, None]) / std[:, None]
+    psi = std[:, None] * (t * ndtr(t) + np.exp(-0.5 * t * t) / np.sqrt(2.0 * np.pi))
+    mass = np.diff(psi, axis=1, prepend=0.0)
+    middle = np.concatenate([upper[:1], 0.5 * (upper[1:] + upper[:-1])])
+    order = np.argsort((mean[:, None] - middle[None, :, None]) / std[:, None], axis=2)
+    mass = np.take_along_axis(mass, order, axis=2)
+    total = np.zeros(len(mean))
+    rows = np.arange(len(mean))[:, None]
+    least = np.full((len(mean), len(upper), curves.shape[2]), attained.reference)
+    for place in range(mean.shape[1]):
+        np.minimum(least, curves[rows, order[:, :, place]], out=least)
+        area = np.maximum(attained.least[None] - least, 0.0) @ attained.width
+        after = mass[:, :, place + 1] if place + 1 < mean.shape[1] else 0.0
+        total += (area * np.maximum(mass[:, :, place] - after, 0.0)).sum(axis=1)
+    return total
