@@ -12,11 +12,12 @@ from typing import Any, Literal, Protocol
 
 from pwff_opt.costs import Workload
 from pwff_opt.decision import Schedule
+from pwff_opt.models import model_source
 from pwff_opt.scenario import Data, Model, Scenario
 from pwff_opt.scenario_io import resolved
 
 # Raised whenever the trainer would learn something else from the same scenario and schedule.
-TRAINER_VERSION = 2
+TRAINER_VERSION = 3
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class TrainedRound:
     uplink_bit: tuple[int, ...]
     """Measured size of what each device uploaded."""
     diverged: tuple[int, ...] = ()
-    """Devices whose loss or blocks did not stay finite: left out of the averages, their round undone."""
+    """Devices whose loss or blocks did not stay finite, on the air in half precision too: left out of the
+    averages, their round undone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,9 @@ class Evaluator(Protocol):
     def test(self, schedule: Schedule) -> tuple[float, ...]:
         """Return every device's accuracy on test data after a schedule that has been trained."""
 
+    def with_seed(self, seed: int) -> Evaluator:
+        """Return an evaluator that differs in the seed of training only."""
+
 
 def learning_key(scenario: Scenario, schedule: Schedule) -> str:
     """Return what identifies a training: all that bears on what is learned and recorded.
@@ -72,9 +77,10 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
     training = dict(everything["training"])
     for irrelevant in ("rounds", "feature_cache_byte"):
         del training[irrelevant]
-    for table, key in (("model", "source"), ("data", "path")):
-        if (Path(scenario.folder) / everything[table][key]).exists():
-            del everything[table][key]
+    if _local_model(scenario.model, scenario.folder):
+        del everything["model"]["source"]
+    if scenario.data.source == "file":
+        del everything["data"]["path"]
     relevant: dict[str, Any] = {
         "trainer": TRAINER_VERSION,
         "model": everything["model"],
@@ -91,20 +97,27 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _local_model(model: Model, folder: str) -> Path | None:
+    """Return the folder that the model is read from, None if it is packaged or on the hub."""
+    local = Path(folder) / model.source
+    return (
+        local
+        if local.is_dir() and model_source(model.source, folder=folder) == str(local)
+        else None
+    )
+
+
 @cache
 def _digest(model: Model, data: Data, folder: str) -> str:
     """Return a digest of the local files that a scenario names, "" if it names none."""
-    paths: list[Path] = []
-    source = Path(folder) / model.source
-    if source.is_dir():
-        paths += [
-            path for path in source.iterdir() if path.suffix in (".json", ".safetensors", ".txt")
-        ]
+    source = _local_model(model, folder)
+    # Every file: what a tokenizer reads has no one ending (tokenizer.model, merges.txt, ...).
+    paths = sorted(source.iterdir()) if source else []
     if data.source == "file":
         file = Path(folder) / data.path
-        paths += [path for path in file.rglob("*") if path.is_file()] if file.is_dir() else [file]
+        paths += sorted(file.rglob("*")) if file.is_dir() else [file]
     total = hashlib.sha256()
-    for path in sorted(paths):
+    for path in paths:
         if path.is_file():
             with path.open("rb") as content:
                 total.update(hashlib.file_digest(content, "sha256").digest())

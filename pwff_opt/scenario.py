@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from pwff_opt.errors import ScenarioError
 
@@ -152,6 +152,11 @@ class Training:
     """Memory of this machine for outputs of frozen layers; what does not fit goes to disk. It changes
     speed, never results."""
 
+    @property
+    def validated(self) -> tuple[int, ...]:
+        """The rounds, counted from 1, after which models are validated."""
+        return self.validate_after or tuple(range(1, self.rounds + 1))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aggregation:
@@ -171,13 +176,14 @@ class Aggregation:
     """How averages become the new shared blocks: as they are, or a step by FedAvgM or FedAdam.
     LoRA factors are among them where the rule is fedit, ffa, fedsa or rolora."""
     server_learning_rate: Positive = 1.0
-    server_momentum: Annotated[float, Ge(0), Le(1)] = 0.9
-    server_second_momentum: Annotated[float, Ge(0), Le(1)] = 0.99
+    server_momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    server_second_momentum: Annotated[float, Ge(0), Lt(1)] = 0.99
     """FedAdam's decay of the squared update."""
     server_adaptivity: Positive = 1e-3
     """FedAdam's tau, below which updates are not magnified."""
     clip_norm: NonNegative = 0.0
-    """Largest Euclidean norm of a device's update of uploaded blocks; 0: none."""
+    """Largest Euclidean norm of a device's update of uploaded blocks; 0: none. The update is the change
+    since the round began or, where noise is added, since what server and devices all know."""
     noise_multiplier: NonNegative = 0.0
     """Standard deviation of the Gaussian noise on the sum of clipped updates, over ``clip_norm``."""
     privacy_delta: Annotated[float, Gt(0), Le(1)] = 1e-5
@@ -212,9 +218,16 @@ class Thresholds:
 class Search:
     """How the front is searched for."""
 
+    method: Literal["surrogate", "evolution"] = "surrogate"
+    """A model of accuracy chooses what to train next, or NSGA-II does without one."""
     population: Annotated[int, Ge(4)] = 8
+    """Of the first generation: plain ways to fine-tune, then random ones; of every one of "evolution"."""
     curve_points: Annotated[int, Ge(2)] = 25
     """Prices of time at which each schedule's energy-delay curve is laid down."""
+    explore_every: Natural = 5
+    """Of so many trainings that "surrogate" chooses, one is far from all before; 0: none is."""
+    stop_early: bool = False
+    """End a training after a validated round from which on, very likely, it adds nothing to the front."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -384,3 +397,5 @@ def _number_problems(value: Any, kind: type, rules: list[Any], where: str) -> It
             yield f"{where} must be at least {rule.ge}, got {value!r}"
         if isinstance(rule, Le) and not value <= rule.le:  # type: ignore[operator]
             yield f"{where} must be at most {rule.le}, got {value!r}"
+        if isinstance(rule, Lt) and not value < rule.lt:  # type: ignore[operator]
+            yield f"{where} must be less than {rule.lt}, got {value!r}"

@@ -22,7 +22,9 @@ from pwff_opt.rng import stream
 from pwff_opt.scenario import Device, Scenario, rules_of, value_problems
 
 BUILT_IN = files("pwff_opt") / "scenarios"
-_STAND_IN = 1e300  # for a quantity that could not be read: breaks no rule, so hides no other error
+_UNREAD = (
+    math.nan
+)  # for a quantity that could not be read: in no order to any other, so hides no error
 _DISTRIBUTIONS = {
     "uniform": "[low, high]: equally likely between",
     "log_uniform": "[low, high]: its logarithm equally likely between",
@@ -78,14 +80,22 @@ def parse_scenario(text: str, *, folder: str | Path = ".", source: str = "scenar
     try:
         scenario = Scenario(**values)
     except ScenarioError as error:
-        unmade = {f"{name} must be a" for name, value in values.items() if value is None}
+        # What could not be made or read has been reported, once: not again, nor once a device.
+        unmade = [f"{name} must be a" for name, value in values.items() if value is None]
+        unmade += [
+            f"devices[{number}] must be a"
+            for number, device in enumerate(values.get("devices") or ())
+            if device is None
+        ]
         problems += [
             line
             for line in error.problems
-            if line not in problems and not any(line.startswith(start) for start in unmade)
+            if line not in problems and not line.startswith(tuple(unmade))
         ]
     except TypeError:  # a required table is missing, reported already
         pass
+    unread = [f".{key} must be finite, got nan" for key in _unread(document["devices"])]
+    problems = [line for line in problems if not line.endswith(tuple(unread))]
     if problems:
         raise ScenarioError(source, problems)
     return scenario
@@ -164,6 +174,11 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
+def _unread(devices: list[dict[str, Any]]) -> set[str]:
+    """Return the quantities whose population could not be read."""
+    return {key for device in devices for key, value in device.items() if value is _UNREAD}
+
+
 # -- devices --------------------------------------------------------------------------------------
 
 
@@ -207,7 +222,7 @@ def _devices(population: Any, singles: Any, seed: Any, problems: list[str]) -> l
             table[key] = value
         if not values:
             for table in tables:
-                table[key] = _STAND_IN  # the rule is reported once, not once a device
+                table[key] = _UNREAD
     for table, single in zip(tables, singles, strict=False):
         if _is_table(single):
             table.update(single)

@@ -228,6 +228,8 @@ class Group:
         label = evaluator.class_names.index(self.setting.own_class)
         shards = evaluator.trainer.shards
         texts = shards[-1].test[evaluator.labels[shards[-1].test] == label]
+        if not len(texts):  # few test texts, and an unlucky draw
+            return {"own_class": math.nan, "own_class_others": math.nan}
         evaluator.trainer.shards = [replace(shard, test=texts) for shard in shards]
         scores = evaluator.test(plan)
         evaluator.trainer.shards = shards
@@ -304,6 +306,7 @@ def _train_all(
     # A failure may have passed (memory was short, say): it is tried again.
     rows = [] if known is None else known[known["status"] == "done"].to_dict("records")
     done = {row["key"]: row for row in rows}
+    reported = {(row["setting"], row["method"], row["seed"], row["key"]) for row in rows}
     for name in dict.fromkeys(item.setting for item in wanted):
         setting = SETTINGS[name]
         if setting.own_class:
@@ -326,25 +329,28 @@ def _train_all(
             )
         group = groups[item.setting, item.seed]
         key = group.key(item.method)
-        if key in done:
-            progress.reused += 1
-            continue
-        progress.begin(place, item)
-        row = {"setting": item.setting, "method": item.method, "seed": item.seed}
-        row |= {
-            "base_dtype": base.training.base_dtype,
-            "schedule": str(group.configured(item.method)[1]),
-        }
-        row |= {"key": key} | group.train(item.method)
-        # A row of an older version of the code or method makes room.
         place_of = (item.setting, item.method, item.seed)
+        progress.reused += key in done
+        if (*place_of, key) in reported:
+            continue
+        row = {"setting": item.setting, "method": item.method, "seed": item.seed}
+        if key in done:  # another method that is the same training: pftt is pwff at full depth
+            row = done[key] | row
+        else:
+            progress.begin(place, item)
+            row |= {
+                "base_dtype": base.training.base_dtype,
+                "schedule": str(group.configured(item.method)[1]),
+            }
+            row |= {"key": key} | group.train(item.method)
+            # A run of the study would leave gigabytes; the row is all that is kept of a training.
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            progress.end(row, wanted[place + 1 :])
+        # A row of an older version of the code or method makes room.
         rows = [r for r in rows if (r["setting"], r["method"], r["seed"]) != place_of]
         rows.append(row)
         done[key] = row
         folder.write_table("methods.csv", pd.DataFrame(rows))
-        # A run of the study would leave gigabytes; the row is all that is kept of a training.
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        progress.end(row, wanted[place + 1 :])
     print(f"{progress.trained} trained now, {progress.reused} from the journal", flush=True)
     failed = sum(row["status"] != "done" for row in rows)
     if failed:

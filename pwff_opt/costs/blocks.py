@@ -78,11 +78,12 @@ class Blocks:
     def lora_trained(self, state: LayerState) -> Factors:
         """Return the factors that learn in a layer, of the LoRA that decisions size.
 
-        A rule holds a factor fixed where it aggregates; in a personal layer both learn.
+        A rule holds a factor fixed where it aggregates; in a personal layer both learn, except for
+        "ffa": once learned, A would differ between devices and never be common again.
         """
         if state == LayerState.FROZEN:
             return ""
-        if state == LayerState.AGGREGATED and self.lora_rule == "ffa":
+        if self.lora_rule == "ffa":
             return "B"
         if state == LayerState.AGGREGATED and self.lora_rule == "rolora":
             return "A" if self.round % 2 else "B"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +35,19 @@ class Workload:
     """
 
     classes: int
+    """At least 2."""
     mean_tokens: FloatArray
     mean_squared_tokens: FloatArray
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.classes, int) or self.classes < 2:
+            raise DecisionError(
+                f"workload.classes must be a whole number of at least 2, got {self.classes!r}"
+            )
+        for name in ("mean_tokens", "mean_squared_tokens"):
+            values = np.asarray(getattr(self, name))
+            if values.dtype.kind not in "fiu" or not (np.isfinite(values) & (values > 0)).all():
+                raise DecisionError(f"workload.{name} must be positive and finite, got {values}")
 
     @classmethod
     def padded(cls, scenario: Scenario, *, classes: int) -> Workload:
@@ -68,6 +81,16 @@ class Demand:
     def takes_part(self) -> NDArray[np.bool_]:
         """[round, device]: whether a device takes part, which always takes memory."""
         return self.memory_byte > 0
+
+    @classmethod
+    def joined(cls, parts: Sequence[Demand]) -> Demand:
+        """Return the rounds of all parts, one part after another."""
+        return cls(
+            payload_bit=np.concatenate([part.payload_bit for part in parts]),
+            broadcast_bit=np.concatenate([part.broadcast_bit for part in parts]),
+            work_cycles=np.concatenate([part.work_cycles for part in parts]),
+            memory_byte=np.concatenate([part.memory_byte for part in parts]),
+        )
 
     def only(self, number: int) -> Demand:
         """Return what one round (counted from 0) demands."""
@@ -107,28 +130,22 @@ class CostModel:
             squared_tokens=batch * workload.mean_squared_tokens,
         )
         self._flops_per_cycle = np.array([device.flops_per_cycle for device in scenario.devices])
+        self._setting = cache(
+            lambda number: (Blocks.of(scenario, round=number), participants(scenario, number))
+        )
         self._known: dict[
             tuple[RoundDecision, tuple[bool, ...], Blocks, tuple[bool, ...]], Demand
         ] = {}
 
     def demand(self, schedule: Schedule) -> Demand:
         """Return what every round of a schedule demands; its first round is the run's round 0."""
-        rounds = [
-            self._round(
-                decision,
-                present,
-                Blocks.of(self.scenario, round=number),
-                participants(self.scenario, number),
-            )
-            for number, (decision, present) in enumerate(
-                zip(schedule.rounds, schedule.present, strict=True)
-            )
-        ]
-        return Demand(
-            payload_bit=np.concatenate([demand.payload_bit for demand in rounds]),
-            broadcast_bit=np.concatenate([demand.broadcast_bit for demand in rounds]),
-            work_cycles=np.concatenate([demand.work_cycles for demand in rounds]),
-            memory_byte=np.concatenate([demand.memory_byte for demand in rounds]),
+        return Demand.joined(
+            [
+                self._round(decision, present, *self._setting(number))
+                for number, (decision, present) in enumerate(
+                    zip(schedule.rounds, schedule.present, strict=True)
+                )
+            ]
         )
 
     def batch(self, demand: Demand, gain: FloatArray) -> Batch:

@@ -86,27 +86,39 @@ def lora_scale(peft: Peft, rank: int) -> float:
 
 
 def resize_lora(
-    a: torch.Tensor, b: torch.Tensor, fresh_a: torch.Tensor, *, stretch: float = 1.0
+    a: torch.Tensor,
+    b: torch.Tensor,
+    fresh_a: torch.Tensor,
+    *,
+    stretch: float = 1.0,
+    by_slices: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return factors of the rank of ``fresh_a`` that keep what ``b @ a`` has learned.
 
     ``stretch``: the scale of the old rank over that of the new one, which goes into ``b``. Growing
     appends rows of ``fresh_a`` and zero columns: the function computed does not change. Shrinking
     keeps the largest singular values of ``b @ a``, the best approximation of that rank (Eckart and
-    Young), split evenly between factors.
+    Young), split evenly between factors; with ``by_slices`` the first rows and columns, so that a
+    factor common to several devices stays common.
     """
     old, new = a.shape[0], fresh_a.shape[0]
     b = b if stretch == 1.0 else b * stretch
-    if new >= old:
-        return (
-            torch.cat([a, fresh_a[old:]]),
-            torch.cat([b, torch.zeros(b.shape[0], new - old)], dim=1),
-        )
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, s, v_t = torch.linalg.svd(r_b @ r_a.T)
-    root = s[:new].sqrt()
-    return root[:, None] * (v_t[:new] @ q_a.T), (q_b @ u[:, :new]) * root
+    if new < old and by_slices:
+        return a[:new], b[:, :new].contiguous()
+    if new < old:
+        q_b, r_b = torch.linalg.qr(b)
+        q_a, r_a = torch.linalg.qr(a.T)
+        u, s, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        # A direction of singular value 0 would be zero in both factors and never learn again.
+        noise = torch.finfo(s.dtype).eps * max(b.shape[0], a.shape[1]) * s.max()
+        found = min(new, int((s > noise).sum()))
+        root = s[:found].sqrt()
+        a, b = root[:, None] * (v_t[:found] @ q_a.T), (q_b @ u[:, :found]) * root
+    kept = a.shape[0]
+    return (
+        torch.cat([a, fresh_a[kept:]]),
+        torch.cat([b, torch.zeros(b.shape[0], new - kept)], dim=1),
+    )
 
 
 def _uniform(rng: np.random.Generator, shape: tuple[int, int]) -> torch.Tensor:

@@ -28,8 +28,7 @@ def save_checkpoint(path: Path, state: State, rounds: Sequence[TrainedRound]) ->
 
     A tensor that all devices share (the very same object) is stored once, as ``shared/NAME``; the
     others as ``device{k}/NAME``; what the server has sent to all as ``sent/NAME``, its moments as
-    ``server/NAME`` and what the device's uploads
-    owe as ``owed{k}/NAME``.
+    ``server/NAME`` and what a device's uploads owe as ``owed{k}/NAME``.
     """
     tensors: Tensors = {}
     for device, own in enumerate(state.devices):

@@ -13,6 +13,7 @@ from pwff_opt.errors import TrainingError
 from pwff_opt.federated.backbone import Backbone, Stack, Start
 from pwff_opt.federated.blocks import Tensors, layer_of
 from pwff_opt.federated.tokens import Indices, Packed, Tokens
+from pwff_opt.federated.workers import out_of_memory
 from pwff_opt.scenario import Training
 
 logger = logging.getLogger(__name__)
@@ -145,10 +146,3 @@ class Cohort:
             parts = each.detach().cpu().split([len(part) for part in piece])
             total += torch.stack([part.sum() for part in parts])
         return total
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether torch (or Python) ran out of memory; on a CPU torch raises a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "t allocate memory" in str(error)
-    )

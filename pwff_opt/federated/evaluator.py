@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class FederatedEvaluator:
     ) -> None:
         self.scenario = scenario
         self._folder = Path(checkpoints)
-        self._tick = tick
+        self._tick, self._worker_count = tick, workers
         self.device_rounds = 0
         devices = len(scenario.devices)
         corpus = load_corpus(scenario.data, folder=Path(scenario.folder))
@@ -125,6 +126,21 @@ class FederatedEvaluator:
     @property
     def workload(self) -> Workload:
         return self._workload
+
+    def with_seed(self, seed: int) -> FederatedEvaluator:
+        """Return an evaluator of the same model and data, which it shares, with another training seed."""
+        other = copy(self)
+        other.scenario = replace(self.scenario, seeds=replace(self.scenario.seeds, training=seed))
+        other.trainer = Trainer(
+            other.scenario,
+            self.backbone,
+            self.tokens,
+            self.labels,
+            self.shards,
+            workers=self._worker_count,
+            features=self.trainer.features,
+        )
+        return other
 
     def train(self, schedule: Schedule) -> Evaluation:
         start = time.perf_counter()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from pwff_opt.decision import LayerState, RoundDecision
 from pwff_opt.errors import TrainingError
-from pwff_opt.federated.aggregation import RULES, Factors, average
+from pwff_opt.federated.aggregation import RULES, Factors, Merged, average, ideal
 from pwff_opt.federated.blocks import Tensors, layer_of, lora_scale
 from pwff_opt.federated.privacy import add_noise, clip
 from pwff_opt.federated.server import step
@@ -24,7 +24,7 @@ class State:
     devices: tuple[Tensors, ...]
     """Every device's blocks."""
     sent: Tensors = field(default_factory=dict)
-    """What the server has sent to all, as last sent."""
+    """What the server has sent to all, as last sent; at the rank that the devices have by now."""
     moments: Tensors = field(default_factory=dict)
     """Of the server's optimiser."""
     residuals: tuple[Tensors, ...] = ()
@@ -44,6 +44,7 @@ class Exchange:
     def __init__(self, scenario: Scenario, number: int, decision: RoundDecision) -> None:
         self._scenario, self._number, self._decision = scenario, number, decision
         self._table, self._peft = scenario.aggregation, scenario.peft
+        self._private = self._table.clip_norm > 0 and self._table.noise_multiplier > 0
         self._rule = None if self._table.lora == "personal" else RULES[self._table.lora]
 
     def learns(self, name: str) -> bool:
@@ -54,7 +55,8 @@ class Exchange:
         state = self._decision.states[layer]
         if state is LayerState.FROZEN or name.startswith("delta."):
             return False
-        if self._rule and name.startswith("lora.") and state is LayerState.AGGREGATED:
+        ruled = state is LayerState.AGGREGATED or self._table.lora == "ffa"
+        if self._rule and _is_lora(name) and ruled:
             return self._rule.learns(self._number)[name.endswith(".B")]
         return True
 
@@ -65,11 +67,18 @@ class Exchange:
             return self._peft.head == "shared"
         if self._decision.states[layer] is not LayerState.AGGREGATED:
             return False
-        if name.startswith("lora."):
+        if _is_lora(name):
             return self._rule is not None and self._rule.sends(self._number)[name.endswith(".B")]
         if name.startswith("adapter."):
             return self._table.adapter == "average"
         return name.startswith("common.")
+
+    def is_sound(self, learned: Tensors) -> bool:
+        """Return whether all that a device has learned is finite, on the air too if it is uploaded."""
+        return all(
+            bool(torch.isfinite(self._on_air(t) if self.sends(name) else t).all())
+            for name, t in learned.items()
+        )
 
     def merge(
         self,
@@ -80,9 +89,13 @@ class Exchange:
         weights: Sequence[float],
         state: State,
         *,
+        public: Tensors,
         fresh: Callable[[int, int, str], torch.Tensor],
     ) -> tuple[State, tuple[int, ...]]:
         """Return the state after the round, and how many bits each device has uploaded.
+
+        Updates are clipped as changes since ``before``. Where noise is added they are changes since
+        ``public``, for what has been learned in personal rounds is private too.
 
         Parameters
         ----------
@@ -91,42 +104,60 @@ class Exchange:
         planned : how many were to take part.
         weights : of the devices in averages. Where noise is added all weigh the same.
         state : as the round found it.
+        public : the blocks as server and devices know them whatever the data, at this round's rank: as
+            last sent to all, or as drawn in common. It has no LoRA that the rule does not average.
         fresh : (device, layer, projection) -> a new A, for rules that start anew.
         """
         table = self._table
-        private = table.clip_norm > 0 and table.noise_multiplier > 0
         senders = [k for k, here in enumerate(present) if here]
-        shares = {k: 1.0 if private else weights[k] for k in senders}
-        residuals = list(state.residuals or ({} for _ in after))
-        reference = self._known(before, state)
+        shares = {k: 1.0 if self._private else weights[k] for k in senders}
+        # What belongs to a LoRA that was given up or resized goes with it.
+        residuals = [
+            {name: tensor for name, tensor in owed.items() if _is_kept(name, old, new)}
+            for owed, old, new in zip(
+                state.residuals or ({},) * len(after), state.devices, before, strict=True
+            )
+        ]
+        moments = {
+            key: tensor
+            for key, tensor in state.moments.items()
+            if _is_kept(key.split("/", 1)[1], state.sent, public)
+        }
         bits = [0] * len(after)
         received: dict[int, Tensors] = {}
         for k in senders:
-            received[k], residuals[k], bits[k] = self._receive(k, after[k], reference, residuals[k])
+            received[k], residuals[k], bits[k] = self._receive(
+                k, before[k], after[k], public, residuals[k]
+            )
         shared = average(
             [{n: t for n, t in received[k].items() if not _is_lora(n)} for k in senders],
             list(shares.values()),
         )
         devices = [dict(own) for own in after]
         shared |= self._merge_factors(devices, received, shares, fresh)
-        if private and shared:
+        if self._private:
             # One that diverged counts as no change: how many do must not show in the average.
-            share, start = len(senders) / planned, _matching(reference, shared)
-            shared = {
-                name: tensor * share + start.get(name, torch.zeros_like(tensor)) * (1.0 - share)
-                for name, tensor in shared.items()
-            }
-            shared = add_noise(
-                shared,
+            changes = add_noise(
+                {name: change * (len(senders) / planned) for name, change in shared.items()},
                 noise_multiplier=table.noise_multiplier,
                 clip_norm=table.clip_norm,
                 participants=planned,
                 seed=self._scenario.seeds.training,
                 round=self._number,
             )
-        shared, moments = step(table, _matching(reference, shared), shared, state.moments)
+            shared = {
+                name: (public[name].double() + change.double()).float()
+                for name, change in changes.items()
+            }
+        # Devices that have trained a block alone so far did not start from the server's.
+        previous = {
+            name: public[name]
+            for name in shared
+            if name in state.sent or name not in state.devices[0]
+        }
+        shared, moments = step(table, previous, shared, moments)
         # Every device then holds the same object.
-        shared = {name: self._broadcast(tensor) for name, tensor in shared.items()}
+        shared = {name: self._on_air(tensor) for name, tensor in shared.items()}
         try:
             require_finite(shared)
         except TrainingError as error:
@@ -139,7 +170,7 @@ class Exchange:
         return (
             State(
                 devices=tuple(devices),
-                sent=state.sent | shared,
+                sent={n: t for n, t in public.items() if n in state.sent} | shared,
                 moments=moments,
                 residuals=tuple(residuals),
             ),
@@ -147,21 +178,33 @@ class Exchange:
         )
 
     def _receive(
-        self, device: int, blocks: Tensors, reference: Tensors, residual: Tensors
+        self, device: int, before: Tensors, after: Tensors, public: Tensors, residual: Tensors
     ) -> tuple[Tensors, Tensors, int]:
-        """Return what arrives of a device's blocks, what the upload owes, and its size in bits."""
-        own = {name: tensor for name, tensor in sorted(blocks.items()) if self.sends(name)}
-        known = _matching(reference, own)
+        """Return what arrives of a device's blocks, what the upload owes, and its size in bits.
+
+        Where noise is added, it is their change since ``public`` that is returned.
+        """
+        own = {name: tensor for name, tensor in sorted(after.items()) if self.sends(name)}
+        known = {name: public[name] for name in own if name in public}
         try:
             upload, residual = encode(
                 own, self._peft.upload_dtype, reference=known, residual=residual
             )
         except TrainingError as error:
             raise TrainingError(f"device {device}, round {self._number}: {error}") from error
+        if self._rule and not self._rule.keeps_basis:
+            residual = {name: owed for name, owed in residual.items() if not _is_lora(name)}
         received = upload.decode(known)
         if self._table.clip_norm > 0:
             # After decoding: what rounding adds must not go past the bound either.
-            received = _clipped(received, known, self._table.clip_norm)
+            start = known if self._private else before
+            change = {name: tensor - start[name] for name, tensor in received.items()}
+            change, length = clip(change, self._table.clip_norm)
+            if self._private:
+                received = change
+            elif length > self._table.clip_norm:
+                # In float64: rounded to float32, the sum may be further off than the change is long.
+                received = {n: start[n].double() + tensor.double() for n, tensor in change.items()}
         return received, residual, upload.bits
 
     def _merge_factors(
@@ -178,54 +221,60 @@ class Exchange:
         names = sorted({n for own in devices for n in own if _is_lora(n) and n.endswith(".A")})
         for a in names:
             b = f"{a[:-1]}B"
-            if self.sends(a) or self.sends(b):
-                first = self._merge_projection(a, b, devices, received, weights, fresh)
-                if self._table.lora in AVERAGING:
-                    averages |= {name: first[name] for name in (a, b) if self.sends(name)}
+            if not (self.sends(a) or self.sends(b)):
+                continue
+            holders = [k for k, own in enumerate(devices) if a in own]
+            merged = self._merged(a, b, holders, devices, received, weights, fresh)
+            if self._table.lora in AVERAGING:
+                both = {a: merged.factors[0].a, b: merged.factors[0].b}
+                averages |= {name: tensor for name, tensor in both.items() if self.sends(name)}
+            else:
+                self._deal(a, b, holders, devices, merged)
         return averages
 
-    def _merge_projection(
+    def _merged(
         self,
         a: str,
         b: str,
+        holders: Sequence[int],
         devices: Sequence[Tensors],
         received: Mapping[int, Tensors],
         weights: Mapping[int, float],
         fresh: Callable[[int, int, str], torch.Tensor],
-    ) -> Tensors:
-        """Merge the factors named ``a`` and ``b``; return the blocks of the first device with them."""
+    ) -> Merged:
+        """Return what the rule makes of the factors named ``a`` and ``b``, for all who hold them."""
         assert self._rule is not None
         _, layer, projection, _ = a.split(".")
-        holders = [k for k, own in enumerate(devices) if a in own]
-        held = {k: self._factors(devices[k], a, b) for k in holders}
-        sending = [k for k in received if k in held]
-        merged = self._rule.merge(
+        sending = [k for k in received if k in holders]
+        return self._rule.merge(
             [self._factors(devices[k] | received[k], a, b) for k in sending],
             [weights[k] for k in sending],
-            [held[k] for k in holders],
+            [self._factors(devices[k], a, b) for k in holders],
             round=self._number,
             fresh=lambda place: fresh(holders[place], int(layer), projection),
         )
-        for k, own in zip(holders, merged.factors, strict=True):
-            devices[k][a], devices[k][b] = self._broadcast(own.a), self._broadcast(own.b)
-        if merged.delta is not None:
-            name = f"delta.{layer}.{projection}"
-            delta, old = self._broadcast(merged.delta), devices[0].get(name)
-            total = delta if old is None else old + delta
-            for every in devices:
-                every[name] = total
-        return devices[holders[0]]
+
+    def _deal(
+        self, a: str, b: str, holders: Sequence[int], devices: Sequence[Tensors], merged: Merged
+    ) -> None:
+        """Give every device its factors, and all of them what is added to the frozen weight."""
+        arrived = [replace(f, a=self._on_air(f.a), b=self._on_air(f.b)) for f in merged.factors]
+        for k, own in zip(holders, arrived, strict=True):
+            devices[k][a], devices[k][b] = own.a, own.b
+        if merged.delta is None:
+            return
+        # All factors are equal here, or zero: what they have lost on the air goes with the weight.
+        lost = ideal(merged.factors[:1], [1.0]) - ideal(arrived[:1], [1.0])
+        name = a.removesuffix(".A").replace("lora.", "delta.", 1)
+        delta, old = self._on_air(merged.delta + lost.float()), devices[0].get(name)
+        total = delta if old is None else old + delta
+        for every in devices:
+            every[name] = total
 
     def _factors(self, blocks: Tensors, a: str, b: str) -> Factors:
         return Factors(a=blocks[a], b=blocks[b], scale=lora_scale(self._peft, len(blocks[a])))
 
-    def _known(self, before: Sequence[Tensors], state: State) -> Tensors:
-        """Return what server and devices both hold, whatever the data: what was sent to all, and what
-        is new in this round, which comes from a common seed."""
-        new = {name: tensor for name, tensor in before[0].items() if name not in state.devices[0]}
-        return {name: t for name, t in (new | state.sent).items() if self.sends(name)}
-
-    def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _on_air(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor as it arrives; averages of int8 uploads have no grid and go as float32."""
         return tensor.half().float() if self._peft.upload_dtype == "float16" else tensor
 
@@ -234,19 +283,6 @@ def _is_lora(name: str) -> bool:
     return name.startswith("lora.")
 
 
-def _matching(reference: Tensors, blocks: Tensors) -> Tensors:
-    """Return what the reference has of these blocks; one whose rank has changed since has none."""
-    return {
-        name: reference[name]
-        for name, tensor in blocks.items()
-        if name in reference and reference[name].shape == tensor.shape
-    }
-
-
-def _clipped(own: Tensors, reference: Tensors, norm: float) -> Tensors:
-    """Return the blocks with their change since the reference cut to a norm."""
-    start = {name: reference.get(name, torch.zeros_like(tensor)) for name, tensor in own.items()}
-    change, length = clip({name: tensor - start[name] for name, tensor in own.items()}, norm)
-    if length <= norm:
-        return own
-    return {name: start[name] + tensor for name, tensor in change.items()}
+def _is_kept(name: str, old: Tensors, new: Tensors) -> bool:
+    """Return whether a block is the very same in both."""
+    return name in new and new[name] is old.get(name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,9 @@ def save_device_model(
 
     Both folders are always there, so that every device loads in the same way: a device without LoRA
     has one of rank 1, one without bottleneck adapters one of width 1, and they are zero.
+
+    Written over an older export, it takes its place at the end: killed before that, the older one is
+    left; killed while its parts are exchanged, the folder has no JSON file, and does not load.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = load_classifier(source, classes=len(class_names))
@@ -48,10 +53,18 @@ def save_device_model(
         "pooling": pooling,
         "pad_token_id": model.config.pad_token_id,
     }
-    lora = _with_lora(model, blocks, family, peft)
-    lora.save_pretrained(folder / LORA)
-    _with_bottlenecks(lora.unload(), blocks).save_pretrained(folder / BOTTLENECK)
-    (folder / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
+        new = Path(name)
+        lora = _with_lora(model, blocks, family, peft)
+        lora.save_pretrained(new / LORA)
+        _with_bottlenecks(lora.unload(), blocks).save_pretrained(new / BOTTLENECK)
+        (new / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        (folder / INFO).unlink(missing_ok=True)
+        for part in (LORA, BOTTLENECK):
+            if (folder / part).exists():
+                shutil.rmtree(folder / part)
+            (new / part).rename(folder / part)
+        (new / INFO).rename(folder / INFO)
 
 
 def _with_lora(model: Any, blocks: Tensors, family: str, peft: Peft) -> PeftModel:

@@ -3,7 +3,7 @@
 A layer falls into two parts, so that what never changes can be kept: ``project`` computes queries,
 keys and values [token, query + key + value] from the layer's input, ``complete`` all the rest.  LoRA
 comes in between.  Weights are frozen, in float32 or bfloat16; products run in that type, everything
-else in float32.
+else in float32, projections with something added to their weights too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Layer(Protocol):
         """Return queries, keys and values side by side, [token, query + key + value]."""
 
     def change(self, deltas: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return ``project`` with something added to the weights of some projections."""
+        """Return ``project`` with something added to the weights of some projections, in float32."""
 
     def complete(
         self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around
@@ -63,12 +63,12 @@ class _Products:
         return self._product(entered).float()
 
     def change(self, deltas: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        frozen = self._product.weight
-        weight = frozen.to(torch.float32, copy=True)
+        weight = self._product.weight.to(torch.float32, copy=True)
         for name, delta in deltas.items():
             weight[self.columns[name]] += delta
-        product = Frozen(weight.to(frozen.dtype), self._product.bias)
-        return lambda entered: product(entered).float()
+        # Back in bfloat16, what was added would mostly be rounded away.
+        bias = self._product.bias
+        return Frozen(weight, None if bias is None else bias.float())
 
 
 class BertLayer(_Products):
@@ -142,12 +142,14 @@ class Ends:
 
     def __init__(self, model: Any, family: str, pooling: str, *, max_tokens: int) -> None:
         self._base, self._family, self._pooling = model.base_model, family, pooling
-        window = getattr(model.config, "sliding_window", None)
-        if window is not None and window < max_tokens:
-            raise ModelError(
-                f"model.max_tokens must not exceed the model's attention window ({window}), "
-                f"got {max_tokens}"
-            )
+        limits = {"attention window": getattr(model.config, "sliding_window", None)}
+        if family == "bert":
+            limits["table of positions"] = self._base.embeddings.position_embeddings.num_embeddings
+        for what, limit in limits.items():
+            if limit is not None and limit < max_tokens:
+                raise ModelError(
+                    f"model.max_tokens must not exceed the model's {what} ({limit}), got {max_tokens}"
+                )
 
     def embed(self, packed: Packed) -> torch.Tensor:
         """Return the input of the lowest layer, [token, hidden]."""

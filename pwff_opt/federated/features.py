@@ -2,7 +2,8 @@
 
 Those layers, and the blocks in them, do not change while they are frozen, so their output is worth
 keeping.  Where a device has no blocks down there it is the base model's, and holds for good; where it
-has, it is the device's own and holds until one of those blocks changes.
+has, it is the device's own and holds until one of those blocks changes.  There is one place for every
+sentence, its owner's: what a device with blocks down there says about others' sentences is not kept.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from pwff_opt.errors import TrainingError
 from pwff_opt.federated.backbone import NOTHING, Backbone, Stack, Start
 from pwff_opt.federated.blocks import Tensors, layer_of
 from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
+from pwff_opt.federated.workers import out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +102,17 @@ class Features:
         hidden, projected = [], []
         for device, batch, own, scale in zip(devices, batches, blocks, scales, strict=True):
             below = {name: t for name, t in own.items() if _is_below(name, level)}
-            store = self._filled(level, device, batch, below, scale, common_scale)
-            rows = torch.from_numpy(self._tokens.rows(batch))
-            hidden.append(store.hidden.index_select(0, rows))
-            if store.projected is not None:
-                projected.append(store.projected.index_select(0, rows))
+            stack = Stack([below], [scale], common_scale=common_scale) if below else NOTHING
+            if below and (self._owner[batch] != device).any():
+                x, p = self._computed(level, batch, stack, below)
+            else:
+                store = self._filled(level, device, batch, stack, below)
+                rows = torch.from_numpy(self._tokens.rows(batch))
+                x = store.hidden.index_select(0, rows)
+                p = None if store.projected is None else store.projected.index_select(0, rows)
+            hidden.append(x)
+            if p is not None:
+                projected.append(p)
         device_of = self._backbone.device
         return Start(
             layer=level.layer,
@@ -118,9 +126,8 @@ class Features:
         level: Level,
         device: int,
         batch: Indices,
+        stack: Stack,
         below: Tensors,
-        scale: float,
-        common_scale: float,
     ) -> _Store:
         """Return the store that holds the activations of a batch at a level."""
         with self._lock:
@@ -136,26 +143,33 @@ class Features:
                 store.known[self._owner == device] = False
                 store.below[device] = below
         missing = np.unique(self._chunk_of[batch[~store.known[batch]]])
-        stack = Stack([below], [scale], common_scale=common_scale) if below else NOTHING
         for number in missing:
-            self._fill(store, level, self._chunks[number], stack, below)
+            part = self._chunks[number]
+            hidden, projected = self._computed(level, part, stack, below)
+            rows = torch.from_numpy(self._tokens.rows(part))
+            store.hidden[rows] = hidden
+            if store.projected is not None and projected is not None:
+                store.projected[rows] = projected
+            store.known[part] = True
         return store
 
-    def _fill(
-        self, store: _Store, level: Level, part: Indices, stack: Stack, below: Tensors
-    ) -> None:
-        packed = Packed.of(self._tokens, [part], device=self._backbone.device)
+    def _computed(
+        self, level: Level, part: Indices, stack: Stack, below: Tensors
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the activations of some sequences, and what ``_width`` says goes with them."""
+        backbone = self._backbone
+        packed = Packed.of(self._tokens, [part], device=backbone.device)
         with torch.inference_mode():
             start = self._nearest(level, part, packed, below)
-            hidden = self._backbone.run(
-                packed, stack, start, stop=level.layer, completed=level.completed
-            )
-            rows = torch.from_numpy(self._tokens.rows(part))
-            store.hidden[rows] = hidden.to(store.hidden.device)
-            if store.projected is not None:
-                projected = self._backbone.project(level.layer, hidden)
-                store.projected[rows] = projected.to(store.projected)
-        store.known[part] = True
+            hidden = backbone.run(packed, stack, start, stop=level.layer, completed=level.completed)
+            projected = backbone.project(level.layer, hidden) if self._width(level) else None
+        return hidden.cpu(), None if projected is None else projected.cpu().to(backbone.dtype)
+
+    def _width(self, level: Level) -> int:
+        """Return how many columns of queries, keys and values are kept beside a level's activations."""
+        if level.completed or level.layer == self._backbone.layer_count:
+            return 0
+        return int(max(part.stop for part in self._backbone.layers[level.layer].columns.values()))
 
     def _nearest(self, level: Level, part: Indices, packed: Packed, below: Tensors) -> Start:
         """Return the highest start that is known for a batch without any block having acted."""
@@ -168,26 +182,32 @@ class Features:
         return self._backbone.embed(packed)
 
     def _new_store(self, level: Level) -> _Store:
-        rows, backbone = int(self._tokens.offsets[-1]), self._backbone
-        width = 0
-        if not level.completed and level.layer < backbone.layer_count:
-            width = max(part.stop for part in backbone.layers[level.layer].columns.values())
+        rows, backbone, width = int(self._tokens.offsets[-1]), self._backbone, self._width(level)
         need = rows * (backbone.hidden * torch.float32.itemsize + width * backbone.dtype.itemsize)
-        in_memory = need <= self._left_byte
-        if in_memory:
-            self._left_byte -= need
-        else:
-            logger.info(
-                "cached activations: %.2f GB in files in %s", need / 1e9, tempfile.gettempdir()
-            )
-        room = _memory if in_memory else _file
-        with torch.inference_mode(False):  # it will be read and written in either mode
-            return _Store(
-                room(rows, backbone.hidden, torch.float32),
-                room(rows, width, backbone.dtype) if width else None,
-                len(self._tokens),
-                memory_byte=need if in_memory else 0,
-            )
+
+        def store(
+            room: Callable[[int, int, torch.dtype], torch.Tensor], memory_byte: int
+        ) -> _Store:
+            with torch.inference_mode(False):  # it will be read and written in either mode
+                return _Store(
+                    room(rows, backbone.hidden, torch.float32),
+                    room(rows, width, backbone.dtype) if width else None,
+                    len(self._tokens),
+                    memory_byte=memory_byte,
+                )
+
+        if need <= self._left_byte:
+            try:
+                new = store(_memory, need)
+            except (MemoryError, RuntimeError) as error:
+                # The budget is more than there is; a smaller step, the cohort's way out, is no help.
+                if not out_of_memory(error):
+                    raise
+            else:
+                self._left_byte -= need
+                return new
+        logger.info("cached activations: %.2f GB in files in %s", need / 1e9, tempfile.gettempdir())
+        return store(_file, 0)
 
     def _discard(self, stores: dict[Level, _Store]) -> None:
         self._left_byte += sum(store.memory_byte for store in stores.values())

@@ -26,20 +26,16 @@ def step(
       (FedAdam: Reddi et al., ICLR 2021, algorithm 2, without bias correction as there; v starts at
       0 where they leave any start from :math:`\tau^2` up, and tau bounds the step either way).
 
-    A tensor without a previous value of its shape (a layer newly aggregated, a rank that has changed)
-    passes through as it is, and its moments start again at zero. Moments of tensors that are not in
-    ``mean`` are kept. ``moments`` is flat and float32, ``momentum/NAME`` and ``second/NAME``, so that
-    a checkpoint holds all of it; a moment that is absent is zero. Arithmetic is in float64.
+    A tensor without a previous value (of a layer that devices have trained alone so far) passes through
+    as it is. Moments of tensors that are not in ``mean`` are kept. ``moments`` is flat and float32,
+    ``momentum/NAME`` and ``second/NAME``, so that a checkpoint holds all of it; a moment that is absent is
+    zero: the caller leaves out those of a LoRA whose rank has changed. Arithmetic is in float64.
     """
     after: Tensors = {}
     kept = dict(moments)
     for name, target in mean.items():
         start = previous.get(name)
-        if start is None or start.shape != target.shape:
-            after[name] = target
-            kept.pop(_MOMENTUM + name, None)
-            kept.pop(_SECOND + name, None)
-        elif rule.server == "average" and rule.server_learning_rate == 1:
+        if start is None or (rule.server == "average" and rule.server_learning_rate == 1):
             after[name] = target
         else:
             gradient = target.double() - start.double()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pwff_opt.decision import RoundDecision
 from pwff_opt.errors import DecisionError, TrainingError
 from pwff_opt.evaluation import TrainedRound
+from pwff_opt.federated.aggregation import RULES
 from pwff_opt.federated.backbone import Backbone, Stack
 from pwff_opt.federated.blocks import (
     Tensors,
@@ -30,7 +31,7 @@ from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
 from pwff_opt.federated.workers import Workers
 from pwff_opt.participation import participants
 from pwff_opt.rng import stream
-from pwff_opt.scenario import Scenario
+from pwff_opt.scenario import AVERAGING, Scenario
 
 Split = Literal["train", "validation", "test"]
 
@@ -50,6 +51,7 @@ class Trainer:
     scenario
     backbone, tokens, labels, shards : the model; the devices' data and who holds them.
     workers : devices trained side by side; it changes speed, never results.
+    features : cached activations of a trainer of the same data, if there is one.
     """
 
     def __init__(
@@ -61,12 +63,16 @@ class Trainer:
         shards: Sequence[Shard],
         *,
         workers: int | None = None,
+        features: Features | None = None,
     ) -> None:
         self.scenario, self.backbone, self.tokens, self.shards = scenario, backbone, tokens, shards
         self.labels = torch.from_numpy(labels)
         self._peft, self._seed = scenario.peft, scenario.seeds.training
         self._workers = Workers(workers)
-        self.features = Features(
+        rule = RULES.get(scenario.aggregation.lora)
+        self._by_slices = rule is not None and rule.by_slices
+        self._averages = scenario.aggregation.lora in AVERAGING
+        self.features = features or Features(
             backbone,
             tokens,
             [(shard.train, shard.validation, shard.test) for shard in shards],
@@ -133,10 +139,14 @@ class Trainer:
         trained = dict(
             zip(taking_part, (item for cohort in results for item in cohort), strict=True)
         )
-        finite = {k: _is_finite(loss, learned) for k, (loss, learned) in trained.items()}
+        finite = {
+            k: math.isfinite(loss) and exchange.is_sound(learned)
+            for k, (loss, learned) in trained.items()
+        }
         if not any(finite.values()):
             raise TrainingError(
-                f"round {number}: the losses of all devices must not diverge; lower "
+                f"round {number}: the losses of all devices must not diverge, nor their blocks leave "
+                f"the range of peft.upload_dtype {self._peft.upload_dtype!r}; lower "
                 f"training.learning_rate ({self.scenario.training.learning_rate:g})"
             )
         after = [
@@ -149,6 +159,7 @@ class Trainer:
             len(taking_part),
             [float(len(shard.train)) for shard in self.shards],
             state,
+            public=self._public(state.sent, decision, present, number),
             fresh=lambda device, layer, projection: self._fresh_a(
                 decision.ranks[device], layer, projection, number + 1, device
             ),
@@ -213,6 +224,11 @@ class Trainer:
                     f"rank of device {device} must be one of decisions.ranks "
                     f"({', '.join(map(str, allowed))}) or 0, got {rank}"
                 )
+        if self.scenario.decisions.rank_scope == "common" and len(set(decision.ranks)) > 1:
+            raise DecisionError(
+                "decisions.rank_scope must be 'per_device' for ranks that differ between devices, got "
+                f"'common' and ranks {', '.join(map(str, decision.ranks))}"
+            )
 
     def _level(self, decision: RoundDecision) -> Level:
         """Return up to where nothing is trained in a round."""
@@ -259,6 +275,16 @@ class Trainer:
         )
         return list(zip(losses, cohort.collect(), strict=True))
 
+    def _public(
+        self, sent: Tensors, decision: RoundDecision, present: Sequence[bool], number: int
+    ) -> Tensors:
+        """Return what server and devices know of the blocks whatever the data, at this round's rank.
+
+        That is what was sent to all, else the draw in common; both can be repeated by either end. LoRA
+        is among it where the rule averages its factors, for then all devices have it at one rank.
+        """
+        return self._prepared(sent, decision.ranks[0] if self._averages else 0, present, number, 0)
+
     def _prepared(
         self, state: Tensors, rank: int, present: Sequence[bool], number: int, device: int
     ) -> Tensors:
@@ -287,31 +313,40 @@ class Trainer:
                 continue
             for projection, (_, outputs) in projections.items():
                 a, b = f"lora.{layer}.{projection}.A", f"lora.{layer}.{projection}.B"
-                if a in blocks and blocks[a].shape[0] == rank:
+                if a in blocks and b in blocks and len(blocks[a]) == rank:
                     continue
-                fresh = self._fresh_a(rank, layer, projection, number, device)
-                if a not in blocks:
-                    blocks[a], blocks[b] = fresh, torch.zeros(outputs, rank)
-                else:
-                    stretch = self._scale(blocks[a].shape[0]) / self._scale(rank)
-                    blocks[a], blocks[b] = resize_lora(blocks[a], blocks[b], fresh, stretch=stretch)
+                # What was sent to all may be one factor only.
+                held = (
+                    len(blocks[a]) if a in blocks else blocks[b].shape[1] if b in blocks else rank
+                )
+                fresh = self._fresh_a(max(held, rank), layer, projection, number, device)
+                blocks.setdefault(a, fresh[:held])
+                blocks.setdefault(b, torch.zeros(outputs, held))
+                if held != rank:
+                    blocks[a], blocks[b] = resize_lora(
+                        blocks[a],
+                        blocks[b],
+                        fresh[:rank],
+                        stretch=self._scale(held) / self._scale(rank),
+                        by_slices=self._by_slices,
+                    )
         return blocks
 
     def _fresh_a(
         self, rank: int, layer: int, projection: str, number: int, device: int
     ) -> torch.Tensor:
-        """Return a new A; where LoRA is aggregated, devices begin with one and the same."""
+        """Return a new A; where LoRA is aggregated, devices begin with one and the same.
+
+        Where factors are averaged it is one for all rounds, so that it can be drawn again whenever an
+        update is to be measured from it.
+        """
         personal = self.scenario.aggregation.lora == "personal"
         fresh = fresh_lora(
             layer,
             rank,
             self.backbone.lora_shapes(layer),
             seed=self._seed,
-            round=number,
+            round=0 if self._averages else number,
             device=device if personal else None,
         )
         return fresh[f"lora.{layer}.{projection}.A"]
-
-
-def _is_finite(loss: float, learned: Tensors) -> bool:
-    return math.isfinite(loss) and all(bool(torch.isfinite(t).all()) for t in learned.values())

@@ -1,4 +1,4 @@
-"""Work on all cores: a thread and a core for each item."""
+"""Work on all cores: a thread and a core for each item; and what it looks like when memory ends."""
 
 from __future__ import annotations
 
@@ -59,3 +59,10 @@ def _one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether torch (or Python) ran out of memory; on a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "t allocate memory" in str(error)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -14,7 +15,7 @@ from pwff_opt import Planner, Scenario, Schedule, Workload
 from pwff_opt.errors import DecisionError
 from pwff_opt.evaluation import learning_key
 from pwff_opt.methods import METHODS, Method, apply, schedule
-from pwff_opt.scenario import Aggregation, Peft
+from pwff_opt.scenario import Aggregation, Data, Peft
 
 
 def uplink(scenario: Scenario, name: str) -> np.ndarray:
@@ -106,3 +107,38 @@ def test_rules_that_are_the_same_at_equal_ranks(
 def test_no_torch_is_loaded() -> None:
     code = "import sys, pwff_opt.methods; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_key_of_a_training_is_that_of_what_it_reads(small: Scenario, tmp_path: Path) -> None:
+    """A name on the hub is one, whatever lies beside the scenario; a local folder is all that is in it."""
+    plan = schedule(small, METHODS["pwff"], 2)
+
+    def key(folder: Path, source: str = "minilm", data: Data = small.data) -> str:
+        return learning_key(
+            replace(
+                small,
+                folder=str(folder),
+                model=replace(small.model, source=source),
+                data=data,
+            ),
+            plan,
+        )
+
+    beside, empty = tmp_path / "beside", tmp_path / "empty"
+    empty.mkdir()
+    for name in ("ag_news", "imdb", "minilm"):
+        (beside / name).mkdir(parents=True)
+    (beside / "minilm" / "config.json").write_text("{}")
+    hub = [replace(small.data, source="hub", path=name) for name in ("ag_news", "imdb")]
+    assert len({key(beside, data=data) for data in hub}) == 2
+    assert key(beside) == key(empty)
+    keys = []
+    for number in range(2):
+        local = tmp_path / f"{number}" / "model"
+        shutil.copytree(small.model.source, local)
+        keys.append(key(local.parent, "model"))
+        for name in ("tokenizer.model", "merges.bpe"):
+            (local / name).write_bytes(b"other")
+            keys.append(key(local.with_name(f"{number}.{name}"), str(local)))
+    assert keys[:3] == keys[3:]
+    assert len(set(keys)) == 3

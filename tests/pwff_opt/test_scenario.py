@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pwff_opt.errors import ScenarioError
-from pwff_opt.scenario import Cell, Device, Scenario
+from pwff_opt.scenario import AVERAGING, Cell, Device, Scenario
 from pwff_opt.scenario_io import (
     built_in_names,
     from_resolved,
@@ -171,3 +171,49 @@ def test_python_scenarios_obey_the_same_rules() -> None:
 def test_unknown_scenario_names_the_built_in_ones(tmp_path: Path) -> None:
     with pytest.raises(ScenarioError, match="hutto"):
         read_scenario(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("key", ["server_momentum", "server_second_momentum"])
+def test_a_server_that_never_forgets_is_refused(key: str) -> None:
+    """At 1 FedAdam never takes in an update, and FedAvgM never lets go of one."""
+    assert (
+        getattr(parse_scenario(f"{GOOD}[aggregation]\n{key} = 0.999\n").aggregation, key) == 0.999
+    )
+    assert f"aggregation.{key} must be less than 1, got 1.0" in problems_of(
+        f"{GOOD}[aggregation]\n{key} = 1.0\n"
+    )
+
+
+def test_noise_needs_factors_of_one_rank_only_where_they_are_sent() -> None:
+    noisy = f"{GOOD}[aggregation]\nclip_norm = 1.0\nnoise_multiplier = 1.0\nlora = 'RULE'\n"
+    mixed = f"{noisy}[decisions]\nrank_scope = 'per_device'\n"
+    parse_scenario(mixed.replace("RULE", "personal"))
+    for rule in AVERAGING:
+        parse_scenario(noisy.replace("RULE", rule))
+        problem = f"decisions.rank_scope must be 'common' for aggregation.lora {rule!r}"
+        assert any(line.startswith(problem) for line in problems_of(mixed.replace("RULE", rule)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (
+            "{ disc = [50, 300] }",
+            "{ disk = [50, 300] }",
+            "devices.distance_m must be a value or one",
+        ),
+        ("{ disc = [50, 300] }", "{ disc = [300, 50] }", "devices.distance_m.disc must be"),
+        (
+            "frequency_min_hz = 1e8",
+            'frequency_min_hz = "low"',
+            "devices.frequency_min_hz must be a",
+        ),
+        ("[model]", "[[device]]\nindex = 1\n[model]", "devices[0].index is not a known key"),
+    ],
+)
+def test_a_mistake_is_one_problem(small_text: str, old: str, new: str, problem: str) -> None:
+    assert old in small_text
+    with pytest.raises(ScenarioError) as caught:
+        parse_scenario(small_text.replace(old, new))
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith(problem)

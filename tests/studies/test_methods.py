@@ -14,6 +14,7 @@ import torch
 from pwff_opt.errors import RunError
 from pwff_opt.federated import data as corpora
 from pwff_opt.federated.aggregation import RULES, Factors
+from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.records import RunFolder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
@@ -228,3 +229,24 @@ def test_slices_that_one_device_alone_has_come_back_by_known_factors():
 def test_dtype_is_what_the_cpu_multiplies_in(monkeypatch, known, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     assert study.fast_dtype() == dtype
+
+
+def test_methods_that_are_one_training_both_have_a_row(text, tmp_path):
+    """At full depth pftt is pwff: trained once, reported twice, and again when it is called again."""
+    options = {"methods": ("pwff", "pftt"), "seeds": 1, "depth": 3}
+    first = run(tmp_path / "run", text, **options)
+    assert list(first["method"]) == ["pwff", "pftt"]
+    assert first["accuracy"].nunique() == first["energy_j"].nunique() == 1
+    written = (tmp_path / "run" / "methods.csv").read_bytes()
+    pd.testing.assert_frame_equal(run(tmp_path / "run", text, **options), first)
+    assert (tmp_path / "run" / "methods.csv").read_bytes() == written
+
+
+def test_no_test_text_of_the_class_is_a_missing_number(text, tmp_path, monkeypatch):
+    base = study.base_scenario("float32", text, tmp_path)
+    group = study.Group(base, "hutto", 1, tmp_path, 2)
+    scenario, plan = group.configured("shared")
+    evaluator = FederatedEvaluator(scenario, tmp_path)
+    evaluator.class_names = (*evaluator.class_names, "never seen")
+    group.setting = study.replace(group.setting, own_class="never seen")
+    assert all(map(math.isnan, group._own_class(evaluator, plan).values()))

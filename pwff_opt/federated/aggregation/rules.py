@@ -43,8 +43,15 @@ class Merged:
 class LoraRule(Protocol):
     """How the LoRA of many devices becomes one."""
 
+    keeps_basis: bool
+    """Whether slices mean after a round what they meant before it, so that what rounding has lost of
+    one upload can be made good in the next."""
+    by_slices: bool
+    """Whether a rank that shrinks cuts slices off: devices hold different products, but the rule adds
+    up row by row, and an SVD on each device would turn them against one another."""
+
     def learns(self, round: int) -> tuple[bool, bool]:
-        """Return whether A and B are trained in this round, counted from 0."""
+        """Return whether A and B are trained in this round, counted from 0, in aggregated layers."""
 
     def sends(self, round: int) -> tuple[bool, bool]:
         """Return whether A and B are uploaded after this round."""
@@ -86,6 +93,8 @@ class _Rule:
 
     equal_ranks = False
     """Whether ranks and scales that differ have no meaning for the rule."""
+    keeps_basis = True
+    by_slices = False
 
     def learns(self, round: int) -> tuple[bool, bool]:
         return True, True
@@ -148,8 +157,12 @@ class FedIT(_Means):
 class FFA(_Means):
     r"""Average B; A is fixed, and drawn in common, so that the average is exact.
 
-    :math:`s (\sum_k p_k B_k) A = \Delta W^*` (FFA-LoRA: Sun et al., arXiv 2403.12313). Equal ranks only.
+    :math:`s (\sum_k p_k B_k) A = \Delta W^*` (FFA-LoRA: Sun et al., arXiv 2403.12313). A learns in
+    personal layers no more than in aggregated ones, and a change of rank cuts or appends rows of the
+    one draw: it is common in every round. Equal ranks only.
     """
+
+    by_slices = True
 
     def learns(self, round: int) -> tuple[bool, bool]:
         return False, True
@@ -164,6 +177,8 @@ class FedSA(_Means):
     There is no one model of all devices. Equal ranks only.
     """
 
+    by_slices = True
+
     def sends(self, round: int) -> tuple[bool, bool]:
         return True, False
 
@@ -171,8 +186,10 @@ class FedSA(_Means):
 class RoLoRA(_Means):
     """Train, send and average one factor a round while the other is frozen and common: exact.
 
-    B comes first (rounds 0, 2, ...): as B starts at zero, A has no gradient before it has moved.
-    Chen et al., arXiv 2409.02346. Equal ranks only.
+    B comes first (rounds 0, 2, ...): as B starts at zero, A has no gradient before it has moved. So
+    a layer that is first aggregated in an odd round learns nothing in it, and still uploads its A.
+    After personal rounds both factors differ between devices: the first average is not exact, the next
+    ones are. Chen et al., arXiv 2409.02346. Equal ranks only.
     """
 
     def learns(self, round: int) -> tuple[bool, bool]:
@@ -199,6 +216,8 @@ class HetLoRA(_Rule):
         place of the numbers of examples.
     """
 
+    by_slices = True
+
     by_norm: bool = False
 
     def _merged(self, case: _Case) -> Merged:
@@ -222,6 +241,8 @@ class FLoRA(_Rule):
     Wang et al., arXiv 2409.05976. Weights go into one side only. The new A is fresh and B zero.
     """
 
+    keeps_basis = False
+
     def _merged(self, case: _Case) -> Merged:
         return Merged(
             factors=tuple(
@@ -240,6 +261,8 @@ class FlexLoRA(_Rule):
 
     Bai et al., arXiv 2402.11505; see :func:`~pwff_opt.federated.aggregation.factors.redistribute`.
     """
+
+    keeps_basis = False
 
     def _merged(self, case: _Case) -> Merged:
         left, right = stack(case.sent, case.shares)
@@ -272,6 +295,8 @@ class RaFLoRA(_Rule):
     the high slices (Wu et al., arXiv 2602.13486). The paper cuts slices at the configured ranks; as
     every device's rank is one of those, the devices that have a slice are the same i by i.
     """
+
+    keeps_basis = False
 
     def _merged(self, case: _Case) -> Merged:
         present = [0.0] * max(own.rank for own in case.sent)

@@ -196,8 +196,10 @@ def make_step(subject: Callable[[str], Subject]) -> Callable[..., Step]:
         present: Sequence[bool],
         common: int = 0,
         factors: str = "AB",
+        personal: str = "AB",
     ) -> Step:
-        """``common``: rank of the second LoRA; ``factors`` of the first one learn where aggregated."""
+        """``common``: rank of the second LoRA; ``factors`` of the first one learn where aggregated,
+        ``personal`` where personal."""
         base = subject(name).model
         # Weights are shared, not copied: the frozen ones never change and the head may.
         model = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
@@ -214,7 +216,7 @@ def make_step(subject: Callable[[str], Subject]) -> Callable[..., Step]:
             if isinstance(module, LoraLayer):
                 module.set_adapter(list(ranks))
         adapters = attach_adapters(model, width) if width else []
-        fixed = [f".lora_{factor}.sized." for factor in "AB" if factor not in factors]
+        learning = {LayerState.PERSONAL: personal, LayerState.AGGREGATED: factors}
         model.requires_grad_(False)
         parent, attribute = transformer_layers(model)
         for index, layer in enumerate(getattr(parent, attribute)):
@@ -223,10 +225,11 @@ def make_step(subject: Callable[[str], Subject]) -> Callable[..., Step]:
             for key, parameter in layer.named_parameters():
                 if present[index] and (".lora_" in key or key.startswith("adapter.")):
                     resident.append(parameter)
-                    learns = states[index] == LayerState.PERSONAL or (
-                        states[index] == LayerState.AGGREGATED and not any(f in key for f in fixed)
-                    )
-                    parameter.requires_grad_(learns)
+                    own = learning.get(states[index])
+                    fixed = [
+                        f".lora_{factor}.sized." for factor in "AB" if factor not in (own or "")
+                    ]
+                    parameter.requires_grad_(own is not None and not any(f in key for f in fixed))
         head = model.classifier if hasattr(model, "classifier") else model.score
         head.requires_grad_(True)
         model.eval()

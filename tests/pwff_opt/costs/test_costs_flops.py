@@ -99,10 +99,11 @@ def test_fixed_factors_are_exact(
     case = subject(name)
     states, present = draw_states(case.architecture.layers, lowest, number)
     options = {"width": width, "rank": rank, "states": states, "present": present}
-    step = make_step(name, common=common, factors=factors, **options)
+    personal = "B" if rule == "ffa" else "AB"
+    step = make_step(name, common=common, factors=factors, personal=personal, **options)
     own = {"common_rank": common, "lora_rule": rule, "round": number}
     blocks = Blocks(adapter_width=width, **own)
-    assert [blocks.lora_trained(state) for state in LayerState] == ["", "AB", factors]
+    assert [blocks.lora_trained(state) for state in LayerState] == ["", personal, factors]
     assert_exact(case, step, **options, **own)
 
 

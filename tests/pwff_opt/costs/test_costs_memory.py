@@ -97,7 +97,8 @@ def test_common_lora_no_adapter_and_fixed_factors(
     case = subject(name)
     states, present = draw_states(case.architecture.layers, lowest, rank)
     options = {"width": width, "rank": rank, "states": states, "present": present}
-    step = make_step(name, common=common, factors=factors, **options)
+    personal = "B" if rule == "ffa" else "AB"
+    step = make_step(name, common=common, factors=factors, personal=personal, **options)
     own = {"common_rank": common, "lora_rule": rule, "round": number}
     assert_close(case, step, shapes=((2, 8), (4, 32), (1, 48)), **options, **own)
 

@@ -211,7 +211,9 @@ def test_trained_parameters_leave_out_what_a_rule_holds_fixed(
     states, present = draw_states(case.architecture.layers, 1, 0)
     for width, rank, common in itertools.product((0, 5), (0, 3), (0, 2)):
         options = {"width": width, "rank": rank, "states": states}
-        step = make_step("llama", present=present, common=common, factors=factors, **options)
+        options |= {"present": present, "common": common}
+        personal = "B" if rule == "ffa" else "AB"
+        step = make_step("llama", factors=factors, personal=personal, **options)
         blocks = Blocks(adapter_width=width, common_rank=common, lora_rule=rule, round=number)
         predicted = trained_parameters(case.architecture, blocks, rank=rank, states=states)
         assert predicted == sum(p.numel() for p in step.trained)

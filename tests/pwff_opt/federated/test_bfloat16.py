@@ -28,6 +28,22 @@ def test_blocks_stay_float32_and_losses_close(small: Scenario, tmp_path: Path) -
     assert rounds != exact  # it is another arithmetic
 
 
+def test_what_is_added_to_a_frozen_weight_is_not_rounded_away(
+    small: Scenario, tmp_path: Path
+) -> None:
+    """A thousandth of the weight is under bfloat16's last digit."""
+    half = replace(small, training=replace(small.training, base_dtype="bfloat16"))
+    layer = FederatedEvaluator(half, tmp_path).backbone.layers[1]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 32, generator=generator)
+    plain = layer.change({})(x)
+    for name in ("query", "value"):
+        delta = 2e-5 * torch.randn(32, 32, generator=generator)
+        gained = (layer.change({name: delta})(x) - plain)[:, layer.columns[name]]
+        assert (gained - x @ delta.T).norm() < 0.01 * (x @ delta.T).norm()
+        assert layer.project(x).dtype == plain.dtype == torch.float32
+
+
 @pytest.mark.slow
 def test_accuracy_is_the_same_within_noise_on_paired_seeds(tmp_path: Path) -> None:
     """Measured with 6 seeds: see the README."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from pwff_opt.decision import Schedule
 from pwff_opt.errors import DataError, ModelError
 from pwff_opt.evaluation import learning_key
+from pwff_opt.federated import export
 from pwff_opt.federated.adapters import pool_by_mean
 from pwff_opt.federated.backbone import Stack
 from pwff_opt.federated.blocks import lora_scale
@@ -150,3 +151,43 @@ def test_bad_requests_are_refused(small: Scenario, tmp_path: Path) -> None:
     lost = replace(small, model=replace(small.model, source=str(tmp_path / "no-model")))
     with pytest.raises(ModelError, match="no-model"):
         FederatedEvaluator(lost, tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["_with_bottlenecks", "rename"])
+def test_an_export_that_is_killed_leaves_no_mixture(
+    small: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """While it computes, the older one stays; while parts are exchanged, nothing loads."""
+    evaluator = FederatedEvaluator(small, tmp_path / "checkpoints")
+    older, newer = (Schedule.parse(f"{n}x2:faa", devices=3) for n in (1, 2))
+    folder = tmp_path / "device"
+    evaluator.save_device(older, 0, folder)
+    (folder / "notes.txt").write_text("mine")
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    evaluator._trained(newer)
+    rename, done = Path.rename, []
+
+    def killed(*arguments: Any) -> Any:
+        if moment == "rename" and not done:
+            return done.append(rename(*arguments))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((export, moment) if moment.startswith("_") else (Path, moment)), killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluator.save_device(newer, 0, folder)
+    if moment == "rename":
+        with pytest.raises(ModelError, match="must hold a device model"):
+            load_device_model(folder)
+    else:
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+    evaluator.save_device(newer, 0, folder)
+    evaluator.save_device(newer, 0, tmp_path / "other")
+    for path in (p for p in (tmp_path / "other").rglob("*") if p.is_file()):
+        assert (folder / path.relative_to(tmp_path / "other")).read_bytes() == path.read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "bottleneck",
+        "device.json",
+        "lora",
+        "notes.txt",
+    ]

@@ -140,6 +140,25 @@ def test_a_window_of_attention_shorter_than_the_texts_is_refused(
         Backbone(str(tmp_path), family="llama", classes=2, pooling="model", max_tokens=17)
 
 
+def test_more_tokens_than_positions_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BertConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=16,
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    monkeypatch.setattr("pwff_opt.federated.backbone.pad_token_id", lambda _: 0)
+    options = {"family": "bert", "classes": 2, "pooling": "model"}
+    Backbone(str(tmp_path), max_tokens=16, **options)
+    with pytest.raises(ModelError, match=r"max_tokens .* table of positions \(16\), got 17"):
+        Backbone(str(tmp_path), max_tokens=17, **options)
+
+
 def test_packing(tokens: Tokens) -> None:
     packed = Packed.of(tokens, [np.array([1, 0]), np.array([3])])
     x = torch.randn(31, 4)

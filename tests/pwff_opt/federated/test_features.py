@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pwff_opt.decision import Schedule
+from pwff_opt.federated import features
 from pwff_opt.federated.backbone import Stack
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.features import Level
@@ -107,3 +108,49 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert evaluation.status == "failed"
     assert "No space left on device" in evaluation.reason
     assert "raise training.feature_cache_byte" in evaluation.reason
+
+
+@pytest.mark.parametrize("text", ["1x2:paa 1x2:ffa", "1x0:pap 1x0:fap"])
+def test_devices_that_read_the_same_text_do_not_read_each_other(
+    small: Scenario, tmp_path: Path, text: str
+) -> None:
+    """With blocks of their own below, in either order, and training on what others have computed."""
+    evaluator = FederatedEvaluator(small, tmp_path)
+    trainer, backbone = evaluator.trainer, evaluator.backbone
+    schedule = Schedule.parse(text, devices=3)
+    state, _ = evaluator._trained(schedule)
+    level = trainer._level(schedule.rounds[-1])
+    scale = trainer._scale(schedule.rounds[-1].ranks[0])
+    batch = evaluator.shards[2].test[:4]
+    packed = Packed.of(evaluator.tokens, [batch])
+    for device in (0, 2, 1, 2, 0):
+        own = state.devices[device]
+        start = trainer.features.start(level, [device], [batch], [own], [scale], 1.0)
+        with torch.no_grad():
+            embedded = backbone.embed(packed)
+            stack = Stack([own], [scale])
+            options = {"stop": level.layer, "completed": level.completed}
+            whole = backbone.run(packed, stack, embedded, **options)
+        torch.testing.assert_close(start.hidden, whole, rtol=1e-5, atol=1e-5)
+        if start.projected is not None:
+            projected = backbone.project(level.layer, whole)
+            torch.testing.assert_close(start.projected, projected, rtol=1e-5, atol=1e-5)
+        assert not start.hidden.is_inference()
+
+
+def test_a_budget_beyond_the_memory_falls_back_on_files(
+    small: Scenario,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is no step that was too large: mini-batches stay whole."""
+    expected = FederatedEvaluator(small, tmp_path / "a")._trained(
+        Schedule.parse("1x2:ffa", devices=3)
+    )
+    monkeypatch.setattr(features, "_memory", lambda *_: torch.empty(10**15))
+    evaluator = FederatedEvaluator(small, tmp_path / "b")
+    result = evaluator._trained(Schedule.parse("1x2:ffa", devices=3))
+    assert result[1] == expected[1]
+    assert "out of memory" not in caplog.text
+    assert evaluator.trainer.features._left_byte == small.training.feature_cache_byte

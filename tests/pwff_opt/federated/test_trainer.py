@@ -182,6 +182,7 @@ def plain_rounds(
             len(before),
             [1.0] * len(before),
             state,
+            public=trainer._public(state.sent, decision, present, number),
             fresh=lambda k, layer, name, at=(decision, number + 1): trainer._fresh_a(  # type: ignore[misc]
                 at[0].ranks[k], layer, name, at[1], k
             ),
@@ -228,7 +229,8 @@ def test_equals_plain_peft_one_device_after_another(
     others: in a case of these, plain peft in float32 is itself 1.5e-5 away from plain peft in float64.  What
     float32 does not determine is not asked for: the bound is 1e-5, or that distance where it is larger.
     """
-    scenario = with_tables(small, peft, table)
+    mixed = replace(small, decisions=replace(small.decisions, rank_scope="per_device"))
+    scenario = with_tables(mixed if "," in text else small, peft, table)
     evaluator = FederatedEvaluator(scenario, tmp_path)
     schedule = Schedule.parse(text, devices=3)
     ours = evaluator.trainer.initial()
@@ -450,3 +452,36 @@ def test_a_change_of_rank_keeps_what_was_learned(old: int, new: int) -> None:
     u, s, v = np.linalg.svd((b @ a).numpy())
     best = (u[:, :new] * s[:new]) @ v[:new] if new < old else (b @ a).numpy()
     np.testing.assert_allclose((new_b @ new_a).numpy(), best, atol=1e-4)
+
+
+def test_no_direction_dies_when_the_rank_shrinks() -> None:
+    """What nothing was learned in is drawn anew: zero in both factors, it would have no gradient ever."""
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(6, 20, generator=generator)
+    fresh = fresh_lora(0, 4, {"query": (20, 30)}, seed=1, round=0, device=0)["lora.0.query.A"]
+    new_a, new_b = resize_lora(a, torch.zeros(30, 6), fresh)  # not drawn to take part yet, say
+    assert torch.equal(new_a, fresh)
+    assert new_b.shape == (30, 4)
+    assert not new_b.any()
+    b = torch.cat([torch.randn(30, 1, generator=generator), torch.zeros(30, 5)], dim=1)
+    new_a, new_b = resize_lora(a, b, fresh)  # grown from rank 1 while it was frozen
+    torch.testing.assert_close(new_b @ new_a, b @ a)
+    assert torch.equal(new_a[1:], fresh[1:])
+    assert not new_b[:, 1:].any()
+
+
+def test_a_rank_beyond_the_matrix_stays_the_rank() -> None:
+    generator = torch.Generator().manual_seed(2)
+    a, b = torch.randn(64, 32, generator=generator), torch.randn(32, 64, generator=generator)
+    fresh = fresh_lora(0, 40, {"query": (32, 32)}, seed=1, round=0, device=0)["lora.0.query.A"]
+    new_a, new_b = resize_lora(a, b, fresh)
+    assert (new_a.shape, new_b.shape) == ((40, 32), (32, 40))
+    torch.testing.assert_close(new_b @ new_a, b @ a, rtol=1e-4, atol=1e-4)
+
+
+def test_slices_are_cut_off_where_a_factor_is_common() -> None:
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randn(4, 20, generator=generator), torch.randn(30, 4, generator=generator)
+    new_a, new_b = resize_lora(a, b, torch.zeros(2, 20), stretch=0.5, by_slices=True)
+    assert torch.equal(new_a, a[:2])
+    assert torch.equal(new_b, 0.5 * b[:, :2])

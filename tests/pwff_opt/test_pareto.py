@@ -1,0 +1,199 @@
+"""Fronts: what is trained, what is reported, and how sure it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pwff_opt import Evaluation, Planner, Scenario, Schedule, TrainedRound, Workload, pareto_front
+from pwff_opt.errors import InfeasibleError
+from pwff_opt.evaluation import learning_key
+from pwff_opt.pareto import Progress
+from pwff_solvers.front import hypervolume
+
+
+class Formula:
+    """An evaluator whose accuracy is a formula of the schedule, for tests of the search alone."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        fail: Callable[[Schedule], bool] = lambda _: False,
+        noise: float = 0.0,
+    ) -> None:
+        self.scenario, self.fail, self.noise = scenario, fail, noise
+        self.workload = Workload.padded(scenario, classes=3)
+        self.trained: list[str] = []
+
+    def with_seed(self, seed: int) -> Formula:
+        seeds = replace(self.scenario.seeds, training=seed)
+        return Formula(replace(self.scenario, seeds=seeds), self.fail, self.noise)
+
+    def _accuracy(self, schedule: Schedule) -> tuple[float, ...]:
+        learned = sum(sum(d.trained) * (1 + d.ranks[0]) for d in schedule.rounds)
+        key = int(learning_key(self.scenario, schedule), 16)
+        luck = self.noise * np.random.default_rng(key).standard_normal()
+        return tuple(1 - 0.6 / (1 + 0.1 * learned) - 0.01 * k + luck for k in range(3))
+
+    def train(self, schedule: Schedule) -> Evaluation:
+        self.trained.append(str(schedule))
+        key = learning_key(self.scenario, schedule)
+        if self.fail(schedule):
+            return Evaluation(
+                key=key, schedule=schedule, rounds=(), wall_s=0.0, status="failed", reason="broke"
+            )
+        rounds = [
+            TrainedRound(
+                loss=(0.0,) * 3,
+                accuracy=self._accuracy(schedule.prefix(n + 1)),
+                uplink_bit=(0,) * 3,
+            )
+            for n in range(len(schedule))
+        ]
+        return Evaluation(key=key, schedule=schedule, rounds=tuple(rounds), wall_s=0.0)
+
+    def test(self, schedule: Schedule) -> tuple[float, ...]:
+        return self._accuracy(schedule)
+
+
+@pytest.fixture(params=["surrogate", "evolution"])
+def either(small: Scenario, request: pytest.FixtureRequest) -> Scenario:
+    return replace(small, search=replace(small.search, method=request.param))
+
+
+def test_a_front_is_nondominated_and_made_of_what_was_trained(either: Scenario) -> None:
+    small = either
+    evaluator = Formula(small)
+    seen: list[Progress] = []
+    front = pareto_front(small, evaluator, trainings=10, progress=seen.append)
+    assert len(set(evaluator.trained)) == len(evaluator.trained) == len(front.evaluations) == 10
+    table = front.points
+    values = np.column_stack([table["energy_j"], table["delay_s"], 1 - table["accuracy_chosen_by"]])
+    for i, point in enumerate(values):
+        assert not ((values <= point).all(axis=1) & (values < point).any(axis=1)).any(), i
+    assert table["knee"].sum() == 1
+    assert front.knee["knee"]
+    for row in table.itertuples():
+        schedule = Schedule.parse(row.schedule, devices=3)
+        assert len(schedule) == row.rounds
+        assert row.accuracy == pytest.approx(np.mean(evaluator.test(schedule)))
+        assert row.accuracy_worst_device == pytest.approx(min(evaluator.test(schedule)))
+    row = table.iloc[len(table) // 2]
+    plan = Planner(small, evaluator.workload).plan(
+        Schedule.parse(row["schedule"], devices=3), price_of_time_w=row["price_of_time_w"]
+    )
+    assert plan.energy_j == pytest.approx(row["energy_j"], rel=1e-6)
+    assert plan.delay_s == pytest.approx(row["delay_s"], rel=1e-6)
+    stages = [step.stage for step in seen]
+    assert stages == sorted(stages, reverse=True)
+    again = pareto_front(small, Formula(small), trainings=10)
+    assert again.points.equals(table)
+
+
+def test_thresholds_cut_the_front(small: Scenario) -> None:
+    free = pareto_front(small, Formula(small), trainings=8).points
+    limits = replace(
+        small.thresholds,
+        accuracy_min=float(free["accuracy_chosen_by"].median()),
+        energy_max_j=float(free["energy_j"].quantile(0.8)),
+        delay_max_s=float(free["delay_s"].quantile(0.9)),
+    )
+    cut = pareto_front(replace(small, thresholds=limits), Formula(small), trainings=8).points
+    assert len(cut) > 0
+    assert cut["accuracy_chosen_by"].min() >= limits.accuracy_min
+    assert cut["energy_j"].max() <= limits.energy_max_j
+    assert cut["delay_s"].max() <= limits.delay_max_s
+    impossible = replace(small.thresholds, accuracy_min=1.0)
+    with pytest.raises(InfeasibleError, match=r"nothing that was trained meets .* accuracy 0\."):
+        pareto_front(replace(small, thresholds=impossible), Formula(small), trainings=4)
+
+
+def test_failed_trainings_are_never_on_the_front(small: Scenario) -> None:
+    half = Formula(small, fail=lambda schedule: schedule.rounds[0].ranks[0] == 4)
+    front = pareto_front(small, half, trainings=12)
+    failed = [entry for entry in front.evaluations if entry.status == "failed"]
+    assert failed
+    for entry in failed:
+        assert half.trained.count(str(entry.schedule)) == 2, "once more, and no more"
+    assert not set(front.points["evaluation"]) & {entry.key for entry in failed}
+    with pytest.raises(InfeasibleError, match="every training failed: broke"):
+        pareto_front(small, Formula(small, fail=lambda _: True), trainings=4)
+
+
+@pytest.mark.parametrize("states", [("frozen",), ("frozen", "personal")])
+def test_small_spaces_are_exhausted(small: Scenario, states: tuple[str, ...]) -> None:
+    tiny = replace(small.decisions, ranks=(0,), layer_states=states)
+    evaluator = Formula(replace(small, decisions=tiny))
+    front = pareto_front(evaluator.scenario, evaluator, trainings=50)
+    assert len(front.evaluations) == len(states) ** 3
+
+
+def test_an_accuracy_that_is_none_is_a_failure(small: Scenario) -> None:
+    class Broken(Formula):
+        def _accuracy(self, schedule: Schedule) -> tuple[float, ...]:
+            good = super()._accuracy(schedule)
+            return (np.nan, *good[1:]) if schedule.rounds[0].ranks[0] == 4 else good
+
+    front = pareto_front(
+        small, Broken(small, fail=lambda s: s.rounds[0].ranks[0] == 4), trainings=8
+    )
+    assert not front.points["schedule"].str.contains("x4:").any()
+    front = pareto_front(small, Broken(small, fail=lambda _: False), trainings=3)
+    assert {entry.status for entry in front.evaluations} == {"failed", "done"}
+
+
+def test_rounds_that_begin_alike_are_paid_once(small: Scenario) -> None:
+    phases = replace(small.decisions, phases=3, ranks=(0,), layer_states=("frozen", "aggregated"))
+    scenario = replace(small, decisions=phases)
+    front = pareto_front(scenario, Formula(scenario), trainings=6)
+    prefixes = {str(entry.schedule.prefix(n)) for entry in front.evaluations for n in (1, 2, 3)}
+    assert len(front.evaluations) > 6
+    assert 18 <= len(prefixes) <= 20
+
+
+def test_early_stops_spare_rounds_and_no_front(small: Scenario) -> None:
+    limits = replace(small.thresholds, energy_max_j=2.0)
+    whole = replace(small, thresholds=limits)
+    stops = replace(whole, search=replace(whole.search, stop_early=True))
+    all_of_it = pareto_front(whole, Formula(whole), trainings=200)
+    cut = pareto_front(stops, Formula(stops), trainings=200)
+    assert sum(len(e.rounds) for e in cut.evaluations) < sum(
+        len(e.rounds) for e in all_of_it.evaluations
+    )
+    worth = [
+        hypervolume(
+            np.column_stack([np.log(p["energy_j"]), np.log(p["delay_s"]), 1 - p["accuracy"]]),
+            np.array([np.log(2.0), np.log(100.0), 1.0]),
+        )
+        for p in (cut.points, all_of_it.points)
+    ]
+    assert worth[0] >= 0.999 * worth[1]
+
+
+def test_a_front_is_confirmed_with_fresh_seeds(small: Scenario) -> None:
+    noise, trials, covered, total = 0.02, 12, 0, 0
+    for trial in range(trials):
+        scenario = replace(small, seeds=replace(small.seeds, training=100 * trial))
+        front = pareto_front(scenario, Formula(scenario, noise=noise), trainings=8, confirm=3)
+        exact = Formula(scenario)
+        own = front.points.drop_duplicates("schedule")
+        truth = np.array(
+            [np.mean(exact.test(Schedule.parse(text, devices=3))) for text in own["schedule"]]
+        )
+        error = (own["accuracy_confirmed"] - truth).abs()
+        covered += int((error <= own["accuracy_confirmed_error"]).sum())
+        total += len(own)
+        assert own["accuracy_confirmed_error"].iloc[0] == pytest.approx(
+            1.96 * noise / np.sqrt(3), rel=0.8
+        )
+        share = front.points["probability_nondominated"]
+        assert ((share >= 0) & (share <= 1)).all()
+    # binomial: 95 % of `total` of them, give or take four standard deviations
+    assert covered >= total * 0.95 - 4 * np.sqrt(total * 0.95 * 0.05)
+    exactly = replace(small, search=replace(small.search, method="evolution"))
+    sure = pareto_front(exactly, Formula(exactly), trainings=8, confirm=2).points
+    assert (sure["probability_nondominated"] == 1.0).all()
+    np.testing.assert_allclose(sure["accuracy_confirmed"], sure["accuracy"])
