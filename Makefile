@@ -4,10 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 FLOWER := .venv-flower/.ready
+RIVALS := $(VENV)/.rivals
 TRAININGS ?= 24
 
 .DEFAULT_GOAL := help
-.PHONY: help setup front test test-slow check bench alternation methods figures dist clean
+.PHONY: help setup front test test-slow check bench replay alternation methods figures dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,13 +39,22 @@ check: $(READY)  ## lint, types, import arrows
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: $(READY) $(FLOWER)  ## all benchmarks; each prints a table and writes benchmarks/results/NAME.json
+bench: $(READY) $(FLOWER) $(RIVALS)  ## all benchmarks; each prints a table and writes benchmarks/results/NAME.json
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 bench-%: $(READY)  ## one benchmark
 	$(BIN)/python benchmarks/bench_$*.py
 
 bench-trainer: $(FLOWER)  # Flower, a rival, needs an environment of its own: its pins are strict
+
+bench-search: $(RIVALS)  # Optuna and BoTorch
+
+$(RIVALS): $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --group bench
+	@touch $@
+
+replay: $(READY)  ## train every schedule of a small space, for bench-search (half an hour a seed; can be killed)
+	$(BIN)/python benchmarks/replay_table.py
 
 $(FLOWER): benchmarks/flower-requirements.txt
 	$(PYTHON) -m venv $(@D)

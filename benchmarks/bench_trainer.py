@@ -62,7 +62,7 @@ from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.partition import partition
 from pwff_opt.federated.products import Frozen
 from pwff_opt.models import model_config, model_source
-from pwff_opt.planning import pareto_front
+from pwff_opt.pareto import pareto_front
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario_io import read_scenario

@@ -7,7 +7,8 @@ from pwff_opt.costs import Workload
 from pwff_opt.decision import LayerState, RoundDecision, Schedule
 from pwff_opt.errors import PwffError
 from pwff_opt.evaluation import Evaluation, Evaluator, TrainedRound
-from pwff_opt.planning import Curve, Front, Plan, Planner, pareto_front
+from pwff_opt.pareto import Front, pareto_front
+from pwff_opt.planning import Curve, Plan, Planner
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario_io import read_scenario
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from pwff_opt.errors import PwffError, RunError
 from pwff_opt.figures import front_figure, segments
-from pwff_opt.planning import Front, Progress, pareto_front
+from pwff_opt.pareto import Front, Progress, pareto_front
 from pwff_opt.records import Journal, RunFolder
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario_io import built_in_names, parse_scenario, read_scenario, scenario_text
@@ -50,6 +50,9 @@ def front(
     scenario: ScenarioArgument,
     out: Annotated[Path, typer.Option(help="run folder to write, or to continue")],
     trainings: Annotated[int, typer.Option(min=1, help="how many schedules to train")] = 24,
+    confirm: Annotated[
+        int, typer.Option(min=0, help="fresh seeds to train the schedules of the front again with")
+    ] = 0,
 ) -> None:
     """Search for the energy-delay-accuracy front of a scenario; kill it and run it again to go on."""
     text, folder_of_file = scenario_text(scenario)
@@ -58,7 +61,7 @@ def front(
     with run.lock():
         run.open(checked, text)
         with _status(run):
-            _search(run, checked, trainings)
+            _search(run, checked, trainings, confirm)
 
 
 @app.command()
@@ -152,11 +155,11 @@ def main() -> None:
 # -- front ----------------------------------------------------------------------------------------
 
 
-def _search(run: RunFolder, scenario: Scenario, trainings: int) -> None:
+def _search(run: RunFolder, scenario: Scenario, trainings: int, confirm: int) -> None:
     with console.status("loading model and data …"):
         from pwff_opt.federated.evaluator import FederatedEvaluator
 
-        reporter = _Reporter(scenario, trainings)
+        reporter = _Reporter(len(scenario.devices))
         evaluator = FederatedEvaluator(scenario, run.checkpoints, tick=reporter.tick)
         journal = Journal(evaluator, run)
     data = evaluator.summary
@@ -185,7 +188,9 @@ def _search(run: RunFolder, scenario: Scenario, trainings: int) -> None:
     if known:
         console.print(f"continuing {run.path}: {known} schedules are in its journal")
     with reporter:
-        found = pareto_front(scenario, journal, trainings=trainings, progress=reporter.progress)
+        found = pareto_front(
+            scenario, journal, trainings=trainings, confirm=confirm, progress=reporter.progress
+        )
     run.write_table("front.csv", found.points)
     _report(run, found, journal, trainings)
 
@@ -199,6 +204,8 @@ def _report(run: RunFolder, found: Front, journal: Journal, trainings: int) -> N
     )
     if len(found.evaluations) < trainings:
         console.print(f"that is fewer than the {trainings} asked for: there are no other schedules")
+    if found.reference is not None:
+        console.print(found.reference.sentence)
     for entry in failed:
         console.print(f"failed: {entry.schedule}: {entry.reason}")
     _print_front(run)
@@ -211,19 +218,34 @@ def _print_front(run: RunFolder) -> None:
     table = Table(
         title="Energy-delay-accuracy front, a row a trained schedule", title_justify="left"
     )
+    confirmed = "accuracy_confirmed" in front
     table.add_column("schedule (rounds x rank:layers, lowest first)")
-    for heading in ("accuracy", "worst device", "validation", "delay (s)", "energy (J)"):
+    headings = ["accuracy", "worst device", "chosen by", "delay (s)", "energy (J)"]
+    for heading in [*headings, *(["fresh seeds", "on front"] if confirmed else [])]:
         table.add_column(heading, justify="right")
     for row in segments(front).itertuples():
-        table.add_row(
+        cells = [
             f"{row.schedule}{' *' if row.knee else ''}",
             f"{row.accuracy:.3f}",
             f"{row.accuracy_worst_device:.3f}",
-            f"{row.accuracy_validation:.3f}",
+            f"{row.accuracy_chosen_by:.3f}",
             f"{row.delay_min_s:.4g} … {row.delay_max_s:.4g}",
             f"{row.energy_max_j:.4g} … {row.energy_min_j:.4g}",
-        )
+        ]
+        if confirmed:
+            cells += [
+                f"{row.accuracy_confirmed:.3f} ± {row.accuracy_confirmed_error:.3f}",
+                f"{row.probability_nondominated:.0%}",
+            ]
+        table.add_row(*cells)
     console.print(table)
+    if confirmed:
+        own = front.drop_duplicates("schedule")
+        console.print(
+            "fresh seeds: mean test accuracy of trainings that chose nothing, ± its 95 % interval; on front: "
+            "mean probability that a point of the row is not dominated. The search took accuracies to be "
+            f"{(own['accuracy_chosen_by'] - own['accuracy_confirmed']).mean():+.3f} better than confirmed"
+        )
     best = front[front["knee"]].iloc[0]
     console.print(
         f"* knee: {best['schedule']} at a price of time of {best['price_of_time_w']:.3g} W: "
@@ -231,7 +253,8 @@ def _print_front(run: RunFolder) -> None:
         f"(worst device {best['accuracy_worst_device']:.3f})"
     )
     console.print(
-        "layers: f frozen, p personal, a aggregated; accuracy is on test data, chosen on validation"
+        "layers: f frozen, p personal, a aggregated; accuracy is on test data, which chose nothing; "
+        "chosen by: the search's estimate from validation data"
     )
     paths = front_figure(run)
     console.print(f"front:  {run.front}")
@@ -243,15 +266,13 @@ def _print_front(run: RunFolder) -> None:
 
 
 class _Reporter:
-    """Progress of a search: schedules done, rate and time left; a bar on a terminal, lines elsewhere."""
+    """Progress of a search: what is done, rate and time left; a bar on a terminal, lines elsewhere."""
 
-    def __init__(self, scenario: Scenario, trainings: int) -> None:
-        self._each = scenario.training.rounds * len(scenario.devices)
-        self._trainings = trainings
+    def __init__(self, devices: int) -> None:
+        self._devices = devices
         self._start = time.perf_counter()
-        self._ticks = 0
+        self._ticks = self._ticks_before = 0
         self._last: Progress | None = None
-        self._reused = 0
         self._status = console.status("") if console.is_terminal else None
 
     def __enter__(self) -> _Reporter:
@@ -270,7 +291,7 @@ class _Reporter:
             self._status.update(escape(self._line()))
 
     def progress(self, now: Progress) -> None:
-        self._last = now
+        self._last, self._ticks_before = now, self._ticks
         if self._status is not None:
             self._status.update(escape(self._line()))
         elif now.text:
@@ -280,14 +301,13 @@ class _Reporter:
         now = self._last
         if now is None:
             return "starting …"
-        head = f"{now.stage} {now.done + 1 if now.text else now.done}/{now.total}  {now.text}"
+        unit = "rounds" if now.stage == "train" else "schedules"
+        head = f"{now.stage} {now.done}/{now.total} {unit}  {now.text}"
         if now.stage != "train" or not self._ticks:
             return head
-        seconds = time.perf_counter() - self._start
-        rate = self._ticks / seconds
-        inside = self._ticks % self._each
-        left = (now.total - now.done) * self._each - inside
-        return f"{head}  {60 * rate:.0f} device-rounds/min, {_clock(left / rate)} left"
+        rate = self._ticks / (time.perf_counter() - self._start)
+        left = (now.total - now.done) * self._devices - (self._ticks - self._ticks_before)
+        return f"{head}  {60 * rate:.0f} device-rounds/min, {_clock(max(0, left) / rate)} left"
 
 
 def _clock(seconds: float) -> str:

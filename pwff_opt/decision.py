@@ -226,6 +226,18 @@ class Codec:
             rounds += [RoundDecision(ranks=ranks, states=states)] * length
         return Schedule(rounds=tuple(rounds)).canonical()
 
+    def normalised(self, genomes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return genomes [genome, gene] with idle genes 0: those of layers below the depth."""
+        if not self._freezes:
+            return genomes
+        phases = genomes.reshape(len(genomes), self.space.phases, -1)
+        depth = phases[:, :, self._rank_genes]
+        idle = np.arange(self.layers) < self.layers - depth[:, :, None]
+        states = phases[:, :, self._rank_genes + 1 :]
+        result = phases.copy()
+        result[:, :, self._rank_genes + 1 :] = np.where(idle, 0, states)
+        return result.reshape(genomes.shape)
+
     def encode(self, schedule: Schedule) -> NDArray[np.int64]:
         """Return the genome of a schedule; decoding it gives the schedule back."""
         starts = np.concatenate([[0], np.cumsum(self._phase_lengths)])[:-1]

@@ -108,11 +108,13 @@ def _plain_ticks(axis: Any) -> None:
 def segments(front: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each schedule on a front, with the ends of its curve there."""
     grouped = front.groupby("schedule", sort=False)
+    accuracies: dict[str, tuple[str, str]] = {
+        name: (name, "first") for name in map(str, front) if name.startswith("accuracy")
+    }
+    if "probability_nondominated" in front:
+        accuracies["probability_nondominated"] = ("probability_nondominated", "mean")
     return grouped.agg(
-        accuracy=("accuracy", "first"),
-        accuracy_worst_device=("accuracy_worst_device", "first"),
-        accuracy_std_devices=("accuracy_std_devices", "first"),
-        accuracy_validation=("accuracy_validation", "first"),
+        **accuracies,
         delay_min_s=("delay_s", "min"),
         delay_max_s=("delay_s", "max"),
         energy_min_j=("energy_j", "min"),

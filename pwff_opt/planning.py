@@ -1,38 +1,33 @@
-"""The planning API: what a schedule costs, how to allocate it best, and which schedules to choose.
+"""The planning API: what a schedule costs and how to allocate it best.
 
-No torch is needed here: accuracy comes from an :class:`~pwff_opt.evaluation.Evaluator`, and a plan or a
-new allocation in a running system needs none.
+No torch is needed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pwff_opt.costs import CostModel, Demand, Workload
 from pwff_opt.decision import Codec, LayerState, RoundDecision, Schedule
 from pwff_opt.errors import DecisionError, InfeasibleError
-from pwff_opt.evaluation import Evaluation, Evaluator
 from pwff_opt.rng import stream
-from pwff_opt.scenario import Scenario, Thresholds
+from pwff_opt.scenario import Scenario
 from pwff_opt.wireless import channel_gain
 from pwff_solvers.allocation import (
     Allocation,
     Batch,
     LeastEnergy,
+    Objective,
     Shortest,
     Status,
     Weighted,
     least_energy_within,
     solve,
 )
-from pwff_solvers.evolution import SetSearch
-from pwff_solvers.front import knee, nondominated
 
 FloatArray = NDArray[np.float64]
 
@@ -47,13 +42,14 @@ LARGEST_GAP = 1e-6
 class Curve:
     """The energy-delay curves of a schedule and of all its prefixes, at the same prices of time.
 
-    Row n - 1 is the schedule cut after n rounds; along a row delay grows and energy falls. Each point
-    is optimal for its price, over bandwidth, power and frequency of all devices in all rounds:
-    the rounds share the price, so their sum minimises total energy + price x total delay.
+    Row n - 1 is the schedule cut after n rounds; along a row delay grows and energy falls, from the
+    shortest delay there is. Each point is optimal for its price, over bandwidth, power and frequency of
+    all devices in all rounds: the rounds share the price, so their sum minimises total energy + price x
+    total delay.
     """
 
     price_of_time_w: FloatArray
-    """[point], descending."""
+    """[point], descending from infinity."""
     energy_j: FloatArray
     """[round, point]."""
     delay_s: FloatArray
@@ -62,29 +58,58 @@ class Curve:
     """Largest relative duality gap of all allocations behind the curve."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Plan:
     """A schedule with its allocation: instance t of ``allocation`` is round t."""
 
     schedule: Schedule
     demand: Demand
+    """What every round asks of every device: bits, cycles, bytes."""
     allocation: Allocation
+    """Bandwidth, power and frequency, [round, device], with their certificates."""
     price_of_time_w: float
+    """What a second is worth to every round; 0 where the deadline does not bind."""
     energy_j: float
+    """Of all devices in all rounds."""
     delay_s: float
+    """Of all rounds."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.schedule}: {self.energy_j:.4g} J, {self.delay_s:.4g} s at "
+            f"{self.price_of_time_w:.3g} W)"
+        )
 
 
 class Planner:
     """Costs, curves and plans of schedules in one scenario.
+
+    Rounds and devices count from 0. A schedule may be given as its text, ``"8x4:ffffaa"``.
 
     Parameters
     ----------
     scenario : Scenario
     workload : Workload
         From an evaluator, or :meth:`Workload.padded` where no data are at hand.
+
+    Attributes
+    ----------
+    scenario : Scenario
+    gain : array [round, device]
+        Channel power gains that the scenario draws for every round.
+    costs : CostModel
+        What schedules demand of devices, and the allocation problems they pose.
+    codec : Codec
+        Between schedules and the genomes that a search varies.
     """
 
     def __init__(self, scenario: Scenario, workload: Workload) -> None:
+        if not isinstance(scenario, Scenario):
+            raise DecisionError(
+                f"scenario must be a Scenario (see read_scenario), got {scenario!r}"
+            )
+        if not isinstance(workload, Workload):
+            raise DecisionError(f"workload must be a Workload, got {workload!r}")
         self.scenario = scenario
         self.costs = CostModel(scenario, workload)
         self.gain = channel_gain(scenario)
@@ -95,53 +120,82 @@ class Planner:
             rounds=scenario.training.rounds,
         )
 
-    def curve(self, schedule: Schedule, *, points: int | None = None) -> Curve:
-        """Return the energy-delay curves of a schedule and its prefixes (no training needed)."""
-        points = points or self.scenario.search.curve_points
-        rounds = len(schedule)
-        problem = self._problem(schedule)
+    def curve(self, schedule: Schedule | str, *, points: int | None = None) -> Curve:
+        """Return the energy-delay curves of a schedule and its prefixes (no training needed).
+
+        ``points``: on every curve, at least 2; ``search.curve_points`` if not given.
+        """
+        return self.curves([schedule], points=points)[0]
+
+    def curves(
+        self, schedules: Sequence[Schedule | str], *, points: int | None = None
+    ) -> list[Curve]:
+        """Return the curves of many schedules, all their allocations solved together."""
+        read = [self._read(schedule) for schedule in schedules]
+        if points is None:
+            points = self.scenario.search.curve_points
+        if not isinstance(points, int) or points < 2:
+            raise DecisionError(f"points must be a whole number of at least 2, got {points!r}")
+        if not read:
+            return []
+        problem = self._problem(*read)
         access = self.scenario.cell.access
         fastest = _certified(solve(problem, Shortest(), access))
-        reference_w = fastest.energy_j.sum() / fastest.round_s.sum()
-        prices = reference_w * np.logspace(*PRICE_DECADES, points)
-        many = problem.take(np.repeat(np.arange(rounds), points))
-        best = _certified(solve(many, Weighted(np.tile(prices, rounds)), access))
-        return Curve(
-            price_of_time_w=prices,
-            energy_j=best.energy_j.reshape(rounds, points).cumsum(axis=0),
-            delay_s=best.round_s.reshape(rounds, points).cumsum(axis=0),
-            gap=float(max(fastest.gap.max(), best.gap.max())),
+        lengths = [len(schedule) for schedule in read]
+        owner = np.repeat(np.arange(len(read)), lengths)
+        reference_w = np.bincount(owner, fastest.energy_j) / np.bincount(owner, fastest.round_s)
+        prices = reference_w[:, None] * np.logspace(*PRICE_DECADES, points - 1)
+        rows = np.repeat(np.arange(len(owner)), points - 1)
+        best = _certified(solve(problem.take(rows), Weighted(prices[owner].ravel()), access))
+        energy_j, delay_s = (
+            np.column_stack([first, rest.reshape(len(owner), points - 1)])
+            for first, rest in (
+                (fastest.energy_j, best.energy_j),
+                (fastest.round_s, best.round_s),
+            )
         )
+        ends = np.cumsum(lengths)
+        gap = np.maximum(fastest.gap, best.gap.reshape(len(owner), points - 1).max(axis=1))
+        return [
+            Curve(
+                price_of_time_w=np.concatenate([[np.inf], own]),
+                energy_j=energy_j[end - length : end].cumsum(axis=0),
+                delay_s=delay_s[end - length : end].cumsum(axis=0),
+                gap=float(gap[end - length : end].max()),
+            )
+            for own, end, length in zip(prices, ends, lengths, strict=True)
+        ]
 
     def plan(
         self,
-        schedule: Schedule,
+        schedule: Schedule | str,
         *,
         price_of_time_w: float | None = None,
         delay_max_s: float | None = None,
     ) -> Plan:
         """Return the best allocation of every round of a schedule.
 
-        Give a price of time (J/s), or the longest total delay: then the energy is the least
-        possible within it, all rounds sharing the price of time that the deadline amounts to (0 where
-        it does not bind).
+        Give a price of time (J/s; infinite: the shortest delay), or the longest total delay: then the
+        energy is the least possible within it, all rounds sharing the price of time that the deadline
+        amounts to (0 where it does not bind).
 
         Raises
         ------
         InfeasibleError
             If the deadline is shorter than the shortest total delay.
+        DecisionError
+            If an argument is not what it must be.
         """
-        if (price_of_time_w is None) == (delay_max_s is None):
-            raise DecisionError("give either price_of_time_w or delay_max_s, not both and not none")
+        _one_of(price_of_time_w=price_of_time_w, delay_max_s=delay_max_s)
+        schedule = self._read(schedule)
         problem = self._problem(schedule)
         access = self.scenario.cell.access
-
         if delay_max_s is None:
             assert price_of_time_w is not None
-            allocation = solve(problem, Weighted(price_of_time_w), access)
+            allocation = solve(problem, _at(price_of_time_w), access)
         else:
             shortest_s = float(_certified(solve(problem, Shortest(), access)).round_s.sum())
-            if delay_max_s < shortest_s:
+            if not delay_max_s >= shortest_s:
                 raise InfeasibleError(
                     f"delay_max_s must be at least {shortest_s:.6g} s, the shortest total delay of "
                     f"{schedule}, got {delay_max_s:g}"
@@ -159,9 +213,9 @@ class Planner:
 
     def reallocate(
         self,
-        schedule: Schedule,
+        schedule: Schedule | str,
         number: int,
-        gain: FloatArray,
+        gain: ArrayLike,
         *,
         price_of_time_w: float | None = None,
         round_s: float | None = None,
@@ -171,14 +225,16 @@ class Planner:
         Give the price of time of the plan, or the length of the round. The allocation carries its
         certificate (``gap``) and, where the round is too short, says so in ``status``.
         """
-        if (price_of_time_w is None) == (round_s is None):
-            raise DecisionError("give either price_of_time_w or round_s, not both and not none")
-        if not 0 <= number < len(schedule):
-            raise DecisionError(f"number must be in 0..{len(schedule) - 1}, got {number}")
-        one = self.costs.demand(schedule).only(number)
-        problem = self.costs.batch(one, np.asarray(gain, dtype=float)[None, :])
+        _one_of(price_of_time_w=price_of_time_w, round_s=round_s)
+        schedule = self._read(schedule)
+        if not isinstance(number, int | np.integer) or not 0 <= number < len(schedule):
+            raise DecisionError(
+                f"number must be a whole number in 0..{len(schedule) - 1}, got {number!r}"
+            )
+        gains = _gains(gain, len(self.scenario.devices))
+        problem = self.costs.batch(self.costs.demand(schedule).only(int(number)), gains)
         if price_of_time_w is not None:
-            return solve(problem, Weighted(price_of_time_w), self.scenario.cell.access)
+            return solve(problem, _at(price_of_time_w), self.scenario.cell.access)
         assert round_s is not None
         return solve(problem, LeastEnergy(round_s), self.scenario.cell.access)
 
@@ -235,13 +291,24 @@ class Planner:
             genomes.setdefault(str(self.repaired(codec.decode(genome))), genome)
         return np.array(list(genomes.values())[:population])
 
-    def _problem(self, schedule: Schedule) -> Batch:
-        if len(schedule) > len(self.gain):
-            raise DecisionError(
-                f"schedule must have at most training.rounds ({len(self.gain)}) rounds, "
-                f"got {len(schedule)}"
-            )
-        return self.costs.batch(self.costs.demand(schedule), self.gain[: len(schedule)])
+    def _read(self, schedule: Schedule | str) -> Schedule:
+        if isinstance(schedule, str):
+            return Schedule.parse(schedule, devices=len(self.scenario.devices))
+        if not isinstance(schedule, Schedule):
+            raise DecisionError(f"schedule must be a Schedule or its text, got {schedule!r}")
+        return schedule
+
+    def _problem(self, *schedules: Schedule) -> Batch:
+        """Return the allocation problems of all rounds of schedules, one schedule after another."""
+        for schedule in schedules:
+            if len(schedule) > len(self.gain):
+                raise DecisionError(
+                    f"schedule must have at most training.rounds ({len(self.gain)}) rounds, "
+                    f"got {len(schedule)}"
+                )
+        demand = Demand.joined([self.costs.demand(schedule) for schedule in schedules])
+        gain = np.concatenate([self.gain[: len(schedule)] for schedule in schedules])
+        return self.costs.batch(demand, gain)
 
     def _smaller_until_fit(self, schedule: Schedule) -> Schedule | None:
         ranks = sorted(self.scenario.decisions.ranks, reverse=True)
@@ -263,6 +330,36 @@ class Planner:
         return None
 
 
+def _one_of(**given: float | None) -> None:
+    """Raise unless exactly one argument is given, and it is a positive number."""
+    names = " or ".join(given)
+    values = [(name, value) for name, value in given.items() if value is not None]
+    if len(values) != 1:
+        raise DecisionError(f"give either {names}, not both and not none")
+    name, value = values[0]
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not value > 0:
+        raise DecisionError(f"{name} must be a positive number, got {value!r}")
+
+
+def _gains(gain: ArrayLike, devices: int) -> FloatArray:
+    """Return gains [device] as the batch of one that the allocator wants, [1, device]."""
+    try:
+        values = np.asarray(gain, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise DecisionError(f"gain must be numbers, one a device, got {gain!r}") from error
+    if values.shape != (devices,):
+        raise DecisionError(f"gain must have shape [{devices}], got {list(values.shape)}")
+    for device, value in enumerate(values):
+        if not 0 < value < np.inf:
+            raise DecisionError(f"gain[{device}] must be positive and finite, got {value}")
+    return values[None, :]
+
+
+def _at(price_of_time_w: float) -> Objective:
+    """Return what to minimise at a price of time; at an infinite one, the delay."""
+    return Shortest() if price_of_time_w == np.inf else Weighted(price_of_time_w)
+
+
 def _certified(allocation: Allocation) -> Allocation:
     """Return the allocation if its certificate holds; no figure may rest on an uncertified one."""
     worst = int(np.argmax(np.where(np.isnan(allocation.gap), np.inf, allocation.gap)))
@@ -273,194 +370,3 @@ def _certified(allocation: Allocation) -> Allocation:
             f"got {allocation.gap[worst]:g}. {status.sentence}"
         )
     return allocation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Front:
-    """An energy-delay-accuracy front, and everything that was trained to find it.
-
-    ``points`` has a row a point, least accurate first: energy_j, delay_s, accuracy (mean over
-    devices, on test data), accuracy_worst_device, accuracy_std_devices, accuracy_validation (what the
-    search saw), price_of_time_w, rounds, schedule, evaluation (key of the training) and knee. No point is
-    dominated in energy, delay and *validation* accuracy; in test accuracy, which chose nothing, one may be.
-    """
-
-    points: pd.DataFrame
-    evaluations: tuple[Evaluation, ...]
-    gap: float
-
-    @property
-    def knee(self) -> pd.Series:
-        """The point that gives most for what it gives up; see :func:`pwff_solvers.front.knee`."""
-        return self.points[self.points["knee"]].iloc[0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """Where a search stands: ``stage`` names what it does, ``done`` of ``total`` are finished."""
-
-    stage: Literal["train", "test"]
-    done: int
-    total: int
-    text: str
-
-
-def pareto_front(
-    scenario: Scenario,
-    evaluator: Evaluator,
-    *,
-    trainings: int,
-    progress: Callable[[Progress], None] = lambda _: None,
-) -> Front:
-    """Search for the front of total energy, total delay and error over schedules.
-
-    NSGA-II varies discrete schedules; each is trained once, and each of its validated rounds contributes
-    the exact energy-delay curve of the schedule cut there (training is nested, so that prefix has
-    been trained too). The search sees validation accuracy; the front reports test accuracy.
-
-    Parameters
-    ----------
-    scenario : Scenario
-    evaluator : Evaluator
-        Trains schedules; one that keeps a journal makes the search resumable.
-    trainings : int
-        How many schedules to train.
-    progress : callable
-        Told before every training and every test.
-
-    Raises
-    ------
-    InfeasibleError
-        If nothing that was trained meets the scenario's thresholds.
-    """
-    if trainings < 1:
-        raise DecisionError(f"trainings must be at least 1, got {trainings}")
-    planner = Planner(scenario, evaluator.workload)
-    search = SetSearch(
-        planner.codec.cardinalities,
-        planner.codec.ordinal,
-        planner.first_generation(),
-        key=lambda genome: str(planner.repaired(planner.codec.decode(genome))),
-        seed=scenario.seeds.search,
-    )
-    found: dict[str, tuple[Evaluation, Curve]] = {}
-    while len(found) < trainings:
-        genomes = search.ask()
-        if not len(genomes):  # every schedule there is has been trained
-            break
-        answers = []
-        for genome in genomes[: trainings - len(found)]:
-            schedule = planner.repaired(planner.codec.decode(genome))
-            progress(Progress(stage="train", done=len(found), total=trainings, text=str(schedule)))
-            evaluation = evaluator.train(schedule)
-            curve = planner.curve(schedule)
-            found[str(schedule)] = (evaluation, curve)
-            answers.append(_objectives(_candidates(evaluation, curve, scenario.thresholds)))
-        if len(answers) < len(genomes):
-            break
-        search.tell(answers)
-    progress(Progress(stage="train", done=len(found), total=trainings, text=""))
-    tables = [_candidates(*pair, scenario.thresholds) for pair in found.values()]
-    points = pd.concat(tables, ignore_index=True)
-    if not len(points):
-        raise InfeasibleError(_nothing_acceptable(scenario.thresholds, list(found.values())))
-    points = points[nondominated(_objectives(points))].reset_index(drop=True)
-    points = _tested(points, evaluator, scenario, progress)
-    return Front(
-        points=points,
-        evaluations=tuple(evaluation for evaluation, _ in found.values()),
-        gap=max(curve.gap for _, curve in found.values()),
-    )
-
-
-def _candidates(evaluation: Evaluation, curve: Curve, thresholds: Thresholds) -> pd.DataFrame:
-    """Return every point a training offers: each validated round, at each price of time."""
-    marks = [n for n, entry in enumerate(evaluation.rounds) if entry.accuracy]
-    rows = len(marks)
-    accuracy = np.array([np.mean(evaluation.rounds[n].accuracy) for n in marks])
-    worst = np.array([np.min(evaluation.rounds[n].accuracy) for n in marks])
-    points = len(curve.price_of_time_w)
-    table = pd.DataFrame(
-        {
-            "energy_j": curve.energy_j[marks].ravel(),
-            "delay_s": curve.delay_s[marks].ravel(),
-            "accuracy_validation": np.repeat(accuracy, points),
-            "accuracy_validation_worst_device": np.repeat(worst, points),
-            "price_of_time_w": np.tile(curve.price_of_time_w, rows),
-            "rounds": np.repeat(np.array(marks, dtype=np.int64) + 1, points),
-            "schedule": np.repeat(
-                np.array([str(evaluation.schedule.prefix(n + 1)) for n in marks], dtype=object),
-                points,
-            ),
-            "evaluation": evaluation.key,
-        }
-    )
-    keep = np.ones(len(table), dtype=bool)
-    if thresholds.accuracy_min is not None:
-        keep &= table["accuracy_validation"].to_numpy() >= thresholds.accuracy_min
-    if thresholds.energy_max_j is not None:
-        keep &= table["energy_j"].to_numpy() <= thresholds.energy_max_j
-    if thresholds.delay_max_s is not None:
-        keep &= table["delay_s"].to_numpy() <= thresholds.delay_max_s
-    return table[keep]
-
-
-def _objectives(table: pd.DataFrame) -> FloatArray:
-    """Return [point, (log10 energy, log10 delay, error)]: both quantities span decades."""
-    return np.column_stack(
-        [
-            np.log10(table["energy_j"].to_numpy(dtype=float)),
-            np.log10(table["delay_s"].to_numpy(dtype=float)),
-            1.0 - table["accuracy_validation"].to_numpy(dtype=float),
-        ]
-    )
-
-
-def _tested(
-    points: pd.DataFrame,
-    evaluator: Evaluator,
-    scenario: Scenario,
-    progress: Callable[[Progress], None],
-) -> pd.DataFrame:
-    """Return the front with the accuracy on test data, its order, and the knee marked."""
-    schedules = list(dict.fromkeys(points["schedule"]))
-    tests = {}
-    for done, text in enumerate(schedules):
-        progress(Progress(stage="test", done=done, total=len(schedules), text=text))
-        schedule = Schedule.parse(text, devices=len(scenario.devices))
-        tests[text] = np.array(evaluator.test(schedule))
-    progress(Progress(stage="test", done=len(schedules), total=len(schedules), text=""))
-    accuracy = [tests[text] for text in points["schedule"]]
-    tested = points.assign(
-        accuracy=[scores.mean() for scores in accuracy],
-        accuracy_worst_device=[scores.min() for scores in accuracy],
-        accuracy_std_devices=[scores.std() for scores in accuracy],
-    )
-    # Chosen on what the search saw: test data must not steer any choice.
-    tested["knee"] = np.arange(len(tested)) == knee(_objectives(tested))
-    first = ["energy_j", "delay_s", "accuracy", "accuracy_worst_device", "accuracy_std_devices"]
-    first += ["accuracy_validation", "price_of_time_w", "rounds", "schedule", "evaluation", "knee"]
-    tested = tested[first + [name for name in tested if name not in first]]
-    return tested.sort_values(["accuracy_validation", "delay_s"], ignore_index=True)
-
-
-def _nothing_acceptable(thresholds: Thresholds, found: list[tuple[Evaluation, Curve]]) -> str:
-    """Return what the thresholds ask and the best that was found for each alone."""
-    good = [(evaluation, curve) for evaluation, curve in found if evaluation.rounds]
-    if not good:
-        reasons = sorted({evaluation.reason for evaluation, _ in found})
-        return f"every training failed: {'; '.join(reasons)}"
-    accuracy = max(
-        np.mean(entry.accuracy)
-        for evaluation, _ in good
-        for entry in evaluation.rounds
-        if entry.accuracy
-    )
-    energy = min(curve.energy_j.min() for _, curve in good)
-    delay = min(curve.delay_s.min() for _, curve in good)
-    return (
-        "nothing that was trained meets all thresholds; asked: "
-        f"accuracy_min {thresholds.accuracy_min}, energy_max_j {thresholds.energy_max_j}, "
-        f"delay_max_s {thresholds.delay_max_s}; the best of each alone: accuracy {accuracy:.3f}, "
-        f"energy {energy:.4g} J, delay {delay:.4g} s. Loosen [thresholds] or train more schedules"
-    )

@@ -12,6 +12,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -199,17 +201,17 @@ class Journal:
         self.trained = 0
         evaluations = folder.table("evaluations.parquet")
         rounds = folder.table("rounds.parquet")
-        # A failure may have passed (memory was short, say): it is tried again in a new session. An
-        # evaluation whose rounds are lost is trained again too, from its checkpoints; and a kill
-        # between the two files leaves rounds without their evaluation, which do not count.
+        # An evaluation whose rounds are lost is trained again, from its checkpoints; and a kill between
+        # the two files leaves rounds without their evaluation, which do not count. A failure may have
+        # passed (memory was short, say): it stays on record, and is tried again in a new session.
         devices = len(self._scenario.devices)
         counts = Counter(row["key"] for row in _records(rounds))
         self._evaluations = [
             row
             for row in _records(evaluations)
-            if row["status"] == "done" and counts[row["key"]] == row["rounds"] * devices
+            if row["status"] == "failed" or counts[row["key"]] == row["rounds"] * devices
         ]
-        self._known = {row["key"]: row for row in self._evaluations}
+        self._known = {row["key"]: row for row in self._evaluations if row["status"] == "done"}
         self._rounds = [row for row in _records(rounds) if row["key"] in self._known]
         tests = folder.table("tests.parquet")
         self._tests: dict[str, tuple[float, ...]] = (
@@ -235,8 +237,16 @@ class Journal:
         self._append(evaluation)
         return evaluation
 
+    def with_seed(self, seed: int) -> Journal:
+        """Return a journal of another training seed, in the same tables."""
+        other = copy(self)
+        seeds = replace(self._scenario.seeds, training=seed)
+        other._scenario = replace(self._scenario, seeds=seeds)
+        other._evaluator = self._evaluator.with_seed(seed)
+        return other
+
     def __len__(self) -> int:
-        return len(self._evaluations)
+        return len(self._known)
 
     def test(self, schedule: Schedule) -> tuple[float, ...]:
         key = learning_key(self._scenario, schedule)
@@ -276,7 +286,8 @@ class Journal:
             for device in range(len(entry.loss))
         ]
         self._evaluations.append(row)
-        self._known[evaluation.key] = row
+        if evaluation.status == "done":  # a failure is on record, and may be tried again
+            self._known[evaluation.key] = row
         # Rounds first: an evaluation is in the journal once its row is, and then it is complete.
         self._folder.write_table("rounds.parquet", pd.DataFrame(self._rounds))
         self._folder.write_table("evaluations.parquet", pd.DataFrame(self._evaluations))

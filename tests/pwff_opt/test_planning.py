@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pwff_opt import Evaluation, Planner, Scenario, Schedule, TrainedRound, Workload, pareto_front
+from pwff_opt import Planner, Scenario, Schedule, Workload
 from pwff_opt.errors import DecisionError, InfeasibleError
-from pwff_opt.evaluation import learning_key
-from pwff_opt.planning import Progress
 from pwff_opt.wireless import rate_bps
 from pwff_solvers.allocation import LeastEnergy, Shortest, Status, solve
 
@@ -36,12 +33,24 @@ def test_curves_are_convex_and_end_at_the_shortest(planner: Planner, text: str) 
     assert (np.diff(curve.energy_j, axis=1) <= 1e-9 * curve.energy_j[:, 1:]).all()
     # Each point minimises energy + price x delay over the whole curve: a lower envelope.
     for row in range(3):
-        costs = curve.energy_j[row] + curve.price_of_time_w[:, None] * curve.delay_s[row]
-        assert (costs.diagonal() <= costs.min(axis=1) * (1 + 1e-9)).all()
+        costs = curve.energy_j[row] + curve.price_of_time_w[1:, None] * curve.delay_s[row]
+        assert (costs[:, 1:].diagonal() <= costs.min(axis=1) * (1 + 1e-9)).all()
     problem = planner.costs.batch(planner.costs.demand(schedule), planner.gain)
     shortest = solve(problem, Shortest(), planner.scenario.cell.access).round_s.cumsum()
-    assert (curve.delay_s[:, 0] >= shortest * (1 - 1e-9)).all()
-    assert curve.delay_s[:, 0] == pytest.approx(shortest, rel=0.1)
+    assert curve.delay_s[:, 0] == pytest.approx(shortest, rel=1e-12)
+    assert curve.price_of_time_w[0] == np.inf
+    plan = planner.plan(text, price_of_time_w=np.inf)
+    assert plan.delay_s == pytest.approx(curve.delay_s[-1, 0], rel=1e-12)
+    assert plan.energy_j == pytest.approx(curve.energy_j[-1, 0], rel=1e-9)
+
+
+def test_curves_of_many_schedules_are_those_of_each(planner: Planner) -> None:
+    texts = [*SCHEDULES, "2x4:aaf"]
+    for text, curve in zip(texts, planner.curves(texts), strict=True):
+        alone = planner.curve(text)
+        np.testing.assert_allclose(curve.energy_j, alone.energy_j, rtol=1e-9)
+        np.testing.assert_allclose(curve.delay_s, alone.delay_s, rtol=1e-9)
+    assert planner.curves([]) == []
 
 
 @pytest.mark.parametrize("text", SCHEDULES)
@@ -128,8 +137,42 @@ def test_questions_that_make_no_sense_are_refused(planner: Planner) -> None:
         planner.curve(Schedule.parse("3x4:aa", devices=3))
     with pytest.raises(DecisionError, match="3 devices a rank, got 2"):
         planner.curve(Schedule.parse("3x4:aaa", devices=2))
-    with pytest.raises(DecisionError, match="gain must have shape"):
+    with pytest.raises(DecisionError, match=r"gain must have shape \[3\], got \[2\]"):
         planner.reallocate(schedule, 0, np.ones(2), round_s=1.0)
+    with pytest.raises(DecisionError, match=r"gain\[1\] must be positive and finite, got nan"):
+        planner.reallocate(schedule, 0, [1e-9, np.nan, 1e-9], round_s=1.0)
+    with pytest.raises(DecisionError, match=r"number must be a whole number in 0\.\.2, got 1.5"):
+        planner.reallocate(schedule, 1.5, np.ones(3), round_s=1.0)  # type: ignore[arg-type]
+    for name, value in (("delay_max_s", np.nan), ("delay_max_s", "a"), ("price_of_time_w", -1)):
+        with pytest.raises(DecisionError, match=f"{name} must be a positive number, got {value!r}"):
+            planner.plan(schedule, **{name: value})  # type: ignore[arg-type]
+    for points in (0, -1, 2.5):
+        with pytest.raises(DecisionError, match="points must be a whole number of at least 2"):
+            planner.curve(schedule, points=points)  # type: ignore[arg-type]
+    with pytest.raises(DecisionError, match="schedule must be a Schedule or its text, got 7"):
+        planner.curve(7)  # type: ignore[arg-type]
+    with pytest.raises(DecisionError, match="must read like"):
+        planner.curve("4:ffz")
+    with pytest.raises(DecisionError, match="scenario must be a Scenario"):
+        Planner("mine.toml", planner.costs.workload)  # type: ignore[arg-type]
+    with pytest.raises(DecisionError, match="workload must be a Workload, got 3"):
+        Planner(planner.scenario, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"classes": 1}, "classes must be a whole number of at least 2, got 1"),
+        ({"classes": "3"}, "classes must be a whole number of at least 2, got '3'"),
+        ({"mean_tokens": np.array([1.0, -2.0, 3.0])}, "mean_tokens must be positive and finite"),
+        ({"mean_squared_tokens": np.array([np.nan] * 3)}, "mean_squared_tokens must be positive"),
+    ],
+)
+def test_a_workload_that_cannot_be_is_refused(
+    small: Scenario, values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(DecisionError, match=message):
+        replace(Workload.padded(small, classes=3), **values)
 
 
 def test_a_deadline_that_does_not_bind_costs_the_least_energy(planner: Planner) -> None:
@@ -164,108 +207,6 @@ def test_schedules_are_made_to_fit_the_memory(small: Scenario) -> None:
         Planner(replace(small, devices=devices), Workload.padded(small, classes=3)).repaired(
             schedule
         )
-
-
-class Formula:
-    """An evaluator whose accuracy is a formula of the schedule, for tests of the search alone."""
-
-    def __init__(
-        self, scenario: Scenario, fail: Callable[[Schedule], bool] = lambda _: False
-    ) -> None:
-        self.scenario, self.fail = scenario, fail
-        self.workload = Workload.padded(scenario, classes=3)
-        self.trained: list[str] = []
-
-    def _accuracy(self, schedule: Schedule) -> tuple[float, ...]:
-        learned = sum(sum(d.trained) * (1 + d.ranks[0]) for d in schedule.rounds)
-        return tuple(1 - 0.6 / (1 + 0.1 * learned) - 0.01 * k for k in range(3))
-
-    def train(self, schedule: Schedule) -> Evaluation:
-        assert str(schedule) not in self.trained
-        self.trained.append(str(schedule))
-        key = learning_key(self.scenario, schedule)
-        if self.fail(schedule):
-            return Evaluation(
-                key=key, schedule=schedule, rounds=(), wall_s=0.0, status="failed", reason="broke"
-            )
-        rounds = [
-            TrainedRound(
-                loss=(0.0,) * 3,
-                accuracy=self._accuracy(schedule.prefix(n + 1)),
-                uplink_bit=(0,) * 3,
-            )
-            for n in range(len(schedule))
-        ]
-        return Evaluation(key=key, schedule=schedule, rounds=tuple(rounds), wall_s=0.0)
-
-    def test(self, schedule: Schedule) -> tuple[float, ...]:
-        return self._accuracy(schedule)
-
-
-def test_a_front_is_nondominated_and_made_of_what_was_trained(small: Scenario) -> None:
-    evaluator = Formula(small)
-    seen: list[Progress] = []
-    front = pareto_front(small, evaluator, trainings=10, progress=seen.append)
-    assert len(evaluator.trained) == len(front.evaluations) == 10
-    table = front.points
-    values = np.column_stack(
-        [table["energy_j"], table["delay_s"], 1 - table["accuracy_validation"]]
-    )
-    for i, point in enumerate(values):
-        assert not ((values <= point).all(axis=1) & (values < point).any(axis=1)).any(), i
-    assert table["knee"].sum() == 1
-    assert front.knee["knee"]
-    for row in table.itertuples():
-        schedule = Schedule.parse(row.schedule, devices=3)
-        assert len(schedule) == row.rounds
-        assert row.accuracy == pytest.approx(np.mean(evaluator.test(schedule)))
-        assert row.accuracy_worst_device == pytest.approx(min(evaluator.test(schedule)))
-    row = table.iloc[len(table) // 2]
-    plan = Planner(small, evaluator.workload).plan(
-        Schedule.parse(row["schedule"], devices=3), price_of_time_w=row["price_of_time_w"]
-    )
-    assert plan.energy_j == pytest.approx(row["energy_j"], rel=1e-6)
-    assert plan.delay_s == pytest.approx(row["delay_s"], rel=1e-6)
-    stages = [step.stage for step in seen]
-    assert stages == sorted(stages, reverse=True)
-    again = pareto_front(small, Formula(small), trainings=10)
-    assert again.points.equals(table)
-
-
-def test_thresholds_cut_the_front(small: Scenario) -> None:
-    free = pareto_front(small, Formula(small), trainings=8).points
-    limits = replace(
-        small.thresholds,
-        accuracy_min=float(free["accuracy_validation"].median()),
-        energy_max_j=float(free["energy_j"].quantile(0.8)),
-        delay_max_s=float(free["delay_s"].quantile(0.9)),
-    )
-    cut = pareto_front(replace(small, thresholds=limits), Formula(small), trainings=8).points
-    assert len(cut) > 0
-    assert cut["accuracy_validation"].min() >= limits.accuracy_min
-    assert cut["energy_j"].max() <= limits.energy_max_j
-    assert cut["delay_s"].max() <= limits.delay_max_s
-    impossible = replace(small.thresholds, accuracy_min=1.0)
-    with pytest.raises(InfeasibleError, match=r"nothing that was trained meets .* accuracy 0\."):
-        pareto_front(replace(small, thresholds=impossible), Formula(small), trainings=4)
-
-
-def test_failed_trainings_are_never_on_the_front(small: Scenario) -> None:
-    half = Formula(small, fail=lambda schedule: schedule.rounds[0].ranks[0] == 4)
-    front = pareto_front(small, half, trainings=12)
-    failed = [entry for entry in front.evaluations if entry.status == "failed"]
-    assert failed
-    assert not set(front.points["evaluation"]) & {entry.key for entry in failed}
-    with pytest.raises(InfeasibleError, match="every training failed: broke"):
-        pareto_front(small, Formula(small, fail=lambda _: True), trainings=4)
-
-
-@pytest.mark.parametrize("states", [("frozen",), ("frozen", "personal")])
-def test_small_spaces_are_exhausted(small: Scenario, states: tuple[str, ...]) -> None:
-    tiny = replace(small.decisions, ranks=(0,), layer_states=states)
-    evaluator = Formula(replace(small, decisions=tiny))
-    front = pareto_front(evaluator.scenario, evaluator, trainings=50)
-    assert len(front.evaluations) == len(states) ** 3
 
 
 def test_planning_imports_no_torch() -> None:
