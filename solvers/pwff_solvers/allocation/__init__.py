@@ -11,8 +11,8 @@ from pwff_solvers.allocation.curve import (
 from pwff_solvers.allocation.downlink import broadcast
 from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Objective, Shortest, Weighted
-from pwff_solvers.allocation.oracle import solve_cvxpy
-from pwff_solvers.allocation.outage import outage_probability, solve_outage
+from pwff_solvers.allocation.oracle import OracleSolution, solve_cvxpy
+from pwff_solvers.allocation.outage import outage_bound, outage_probability, solve_outage
 from pwff_solvers.allocation.selection import Selection, drop_out, most_devices, serve
 from pwff_solvers.allocation.solve import solve
 
@@ -24,6 +24,7 @@ __all__ = [
     "InvalidInputError",
     "LeastEnergy",
     "Objective",
+    "OracleSolution",
     "Selection",
     "Shortest",
     "Status",
@@ -33,6 +34,7 @@ __all__ = [
     "energy_delay_curve",
     "least_energy_within",
     "most_devices",
+    "outage_bound",
     "outage_probability",
     "round_to_blocks",
     "serve",

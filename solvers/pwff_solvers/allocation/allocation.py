@@ -40,7 +40,7 @@ _SENTENCES = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Allocation:
     """Allocations of a batch, with prices, status and certificate.
 
@@ -89,3 +89,14 @@ class Allocation:
     binding_device: NDArray[np.int64]
     gap: FloatArray
     violation: FloatArray
+
+    def __repr__(self) -> str:
+        instances, devices = self.power_w.shape
+        if not instances:
+            return f"Allocation(0 instances x {devices} devices)"
+        number = ((int((self.status == status).sum()), status.name) for status in Status)
+        outcomes = ", ".join(f"{count} {name}" for count, name in number if count)
+        return (
+            f"Allocation({instances} instances x {devices} devices: {outcomes}; "
+            f"worst gap {np.max(self.gap):.1e})"
+        )

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pwff_solvers.allocation.checks import NOT_NEGATIVE, POSITIVE, Rule, as_array, check
+from pwff_solvers.allocation.checks import NOT_NEGATIVE, POSITIVE, Rule, as_array, check, rows
 from pwff_solvers.allocation.elementary import COMPILED, FloatArray, entry
 from pwff_solvers.allocation.errors import InvalidInputError
 
@@ -161,12 +161,40 @@ class Batch:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Batch is read-only: make a new one to change {name}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _batch, (self.device, self.cell)
+
+    def __repr__(self) -> str:
+        return f"Batch({self.instances} instances x {self.devices} devices)"
+
     def take(self, instances: ArrayLike | slice) -> Batch:
-        """Return the batch of some instances (indices, a mask or a slice)."""
-        rows = instances if isinstance(instances, slice) else np.asarray(instances)
-        part = object.__new__(Batch)
-        part._own(self.device[rows], self.cell[rows])
-        return part
+        """Return the batch of some instances.
+
+        Parameters
+        ----------
+        instances : array_like of int or bool, or slice
+            Indices in any order, also none or some repeatedly; a mask [instance]; or a slice.
+
+        Raises
+        ------
+        InvalidInputError
+            If an index is out of range, a mask has the wrong length, or it is neither.
+
+        Examples
+        --------
+        One cell at many prices of time:
+
+        >>> from pwff_solvers.allocation import Weighted, solve
+        >>> batch = Batch(payload_bit=[1e5, 2e5], work_cycles=1e9, gain=1e-10, power_max_w=0.1,
+        ...               frequency_min_hz=0.0, frequency_max_hz=2e9, kappa=1e-28,
+        ...               bandwidth_hz=1e6, noise_psd_w_per_hz=4e-21)
+        >>> prices = np.logspace(-2, 2, 5)
+        >>> solve(batch.take(np.zeros(5, int)), Weighted(prices)).round_s.shape
+        (5,)
+        """
+        if not isinstance(instances, slice):
+            instances = rows("instances", instances, self.instances)
+        return _batch(self.device[instances], self.cell[instances])
 
     def replace(self, **arguments: ArrayLike) -> Batch:
         """Return the batch with some arguments replaced, checked like any other.
@@ -204,6 +232,13 @@ class Batch:
     bandwidth_hz = _scalar(0)
     noise_psd_w_per_hz = _scalar(1)
     fixed_delay_s = _scalar(2)
+
+
+def _batch(device: FloatArray, cell: FloatArray) -> Batch:
+    """Return the batch of arrays that need no check: parts or copies of another's."""
+    batch = object.__new__(Batch)
+    batch._own(device, cell)
+    return batch
 
 
 # Products and ratios of four such numbers stay in the range of a double.
@@ -330,7 +365,7 @@ def _complain_shapes(arrays: list[FloatArray]) -> NoReturn:
             known = first.setdefault(axis, (size, name)) if size != 1 else (1, name)
             if known[0] != size:
                 raise InvalidInputError(
-                    f"{name} must have {known[0]} along the {axis} axis like {known[1]}, "
-                    f"got shape {list(array.shape)}"
+                    f"{known[1]} and {name} must have equal sizes along the {axis} axis, "
+                    f"got {known[0]} and {size}"
                 )
     raise AssertionError("the shapes fit after all")

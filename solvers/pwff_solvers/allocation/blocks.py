@@ -95,9 +95,11 @@ def round_to_blocks(batch: Batch, round_s: ArrayLike, blocks: ArrayLike) -> Bloc
 
     Notes
     -----
-    The module says why greedy is exact.  It starts from the *least* blocks of each device, not
-    from the floor of the continuous optimum, which an optimal integer split may well undercut.
-    Costs O(devices x blocks) one-dimensional convex problems, all solved at once.
+    *Greedy is exact.*  A device's least energy is convex in its bandwidth, so the saving of one more
+    block shrinks from block to block, and the largest savings of all are always some devices' first
+    ones: no other split saves more (Fox, Management Science 1966).  It starts from the *least*
+    blocks of each device, not from the floor of the continuous optimum, which an optimal integer
+    split may well undercut.  Costs O(devices x blocks) one-dimensional convex problems, all solved at once.
 
     Examples
     --------

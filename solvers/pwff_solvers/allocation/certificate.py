@@ -429,6 +429,8 @@ if not COMPILED:
     def _split(packed: Any, rows: Iterable[int]) -> list[Any]:
         return [packed[:, row] for row in rows]
 
+    # compiled code does not warn
+    @np.errstate(all="ignore")
     def _energies(
         device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any, time: Any, price: Any
     ) -> Any:
@@ -444,6 +446,7 @@ if not COMPILED:
         )
         return bound, mu, energy
 
+    @np.errstate(all="ignore")
     def _violations(device: Any, cell: Any, point: Any, time: Any, tdma: bool) -> Any:
         order = (0, 1, 2, 3, 7, 4, 5)
         worst, wait, end = _violation_terms(
@@ -454,6 +457,7 @@ if not COMPILED:
         late = np.where(last > 0, np.where(time > 0, last / time - 1.0, np.inf), 0.0)
         return np.maximum.reduce([worst.max(1), band / cell[:, 0] - 1.0, late, 0.0 * late])
 
+    @np.errstate(all="ignore")
     def _shortests(device: Any, cell: Any, point: Any) -> Any:
         order = (0, 1, 2, 3, 5)
         band, noise = cell[:, 0, None], cell[:, 1, None]
@@ -562,7 +566,7 @@ def energy_gap(
 ) -> FloatArray:
     """Return the relative gap (value - bound)/value of :func:`energy_bound`, [instance].
 
-    Within about 1e-9 of the shortest round the prices are so high that rounding alone opens it.
+    The nearer a round is to the shortest, the higher its price: rounding alone opens the gap there.
     """
     if access == "tdma":
         bound = _tdma_energy_bound(batch, point, multipliers, price_of_time_w)
@@ -586,23 +590,62 @@ def _fdma_energy(
     batch: Batch, point: Primal, multipliers: Multipliers, price: FloatArray | None
 ) -> tuple[FloatArray, FloatArray]:
     """Return the bound of :func:`energy_bound` and the variable energy [J], [instance] each."""
-    lam, time = multipliers.bandwidth_j_per_hz, point.round_s - batch.cell[:, 2]
-    wanted = np.zeros_like(lam) if price is None else price
+    lam = multipliers.bandwidth_j_per_hz
+    if price is None:
+        bound, _, energy = _fdma_dual(batch, point, lam, np.zeros_like(lam))
+        return bound, energy
+    bound, mu, energy = _fdma_dual(batch, point, lam, price)
+    value = energy + price * point.round_s
+    loose = np.flatnonzero(~(value - bound <= GAP_TOLERANCE * value))
+    if loose.size:
+        part = batch.take(loose)
+        there = Primal.packed(point.decision[loose], point.round_s[loose])
+        better = _sharper_bound(part, there, lam[loose], mu[loose], price[loose])
+        bound[loose] = np.fmax(bound[loose], better)
+    return bound, energy
+
+
+@np.errstate(all="ignore")
+def _sharper_bound(
+    batch: Batch, point: Primal, lam: FloatArray, mu: FloatArray, price: FloatArray
+) -> FloatArray:
+    """Return another bound on energy + price x round, [instance], where ``lam`` gives a loose one.
+
+    Near the shortest round, and at a device about to reach full power, the last digit of the point
+    decides what prices of time ``mu`` the devices have; what is missing to ``price`` is lost to the
+    bound.  So take the ``lam`` at which they add up to it: at full power ``mu`` is linear in it.
+    The least energy and the shortest time, each on its own, make a bound that needs no ``lam``.
+    """
+    _, more, _ = _fdma_dual(batch, point, 2.0 * lam, price)
+    met = np.maximum(lam * (1.0 + (price - mu) / (more - mu)), 0.0)
+    bound, _, _ = _fdma_dual(batch, point, met, price)
+    sent = batch.payload_bit * _LN2 * batch.noise_psd_w_per_hz[:, None] / batch.gain
+    leisure = (sent + batch.kappa * batch.work_cycles * batch.frequency_min_hz**2).sum(1)
+    apart = leisure + price * shortest_bound(batch, point, "fdma")
+    better: FloatArray = np.fmax(bound, apart)
+    return better
+
+
+def _fdma_dual(
+    batch: Batch, point: Primal, lam: FloatArray, price: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Bound, price of time and variable energy at the price ``lam``; ``price`` 0: of least energy."""
+    time = point.round_s - batch.cell[:, 2]
 
     def sums(idle_mu: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         result: tuple[FloatArray, FloatArray, FloatArray] = _energies(
-            batch.device, batch.cell, point.decision, lam, idle_mu, time, wanted
+            batch.device, batch.cell, point.decision, lam, idle_mu, time, price
         )
         return result
 
     bound, mu, energy = sums(_NONE)
     idle = (batch.payload_bit == 0) & (batch.work_cycles > 0)
     if idle.any():
-        left = (wanted - mu)[:, None]
-        bound, _, energy = sums(
+        left = (price - mu)[:, None]
+        bound, mu, energy = sums(
             _computing_prices(batch, point.frequency_hz, time[:, None], idle, left)
         )
-    return bound + wanted * batch.cell[:, 2], energy
+    return bound + price * batch.cell[:, 2], mu, energy
 
 
 _NONE = np.empty((0, 0))

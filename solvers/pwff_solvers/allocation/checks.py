@@ -12,7 +12,18 @@ from numpy.typing import ArrayLike, NDArray
 from pwff_solvers.allocation.elementary import FloatArray
 from pwff_solvers.allocation.errors import InvalidInputError
 
-__all__ = ["NOT_NEGATIVE", "POSITIVE", "Rule", "as_array", "check", "filled", "per_instance"]
+__all__ = [
+    "NOT_NEGATIVE",
+    "POSITIVE",
+    "Rule",
+    "as_array",
+    "check",
+    "each_instance",
+    "filled",
+    "number",
+    "per_instance",
+    "rows",
+]
 
 # rule in words, and what is True where it holds
 Rule = tuple[str, Callable[[FloatArray], NDArray[np.bool_]]]
@@ -25,28 +36,27 @@ _IN_RANGE: Rule = (
     lambda x: (x >= _LEAST) & (x <= _MOST),
 )
 _DOUBLE = np.dtype(np.float64)
-_NOT_REAL = (bool, np.bool_, str, bytes, complex, np.datetime64, np.timedelta64)
+_NOT_REAL = (type(None), bool, np.bool_, str, bytes, complex, np.datetime64, np.timedelta64)
 _MOST_INT = int(np.finfo(np.float64).max)
 
 
-def as_array(name: str, value: ArrayLike) -> FloatArray:
-    """Return ``value`` as a float array, or say why it is not one."""
+def as_array(name: str, value: ArrayLike, wanted: str = "an array of real numbers") -> FloatArray:
+    """Return ``value`` as a float array, or say why it is not what is ``wanted``."""
     # the two usual kinds in one step, for the sake of the single online decision
     if type(value) is np.ndarray and value.dtype is _DOUBLE:
         return value
     if type(value) is float:
         return np.array(value)
     try:
-        _check_kind(name, value)
+        _check_kind(name, value, wanted)
         return np.asarray(value, dtype=np.float64)
     except InvalidInputError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
-        message = f"{name} must be an array of real numbers, got {_shown(value)}"
-        raise InvalidInputError(message) from error
+        raise InvalidInputError(f"{name} must be {wanted}, got {_shown(value)}") from error
 
 
-def _check_kind(name: str, value: Any) -> None:
+def _check_kind(name: str, value: Any, wanted: str) -> None:
     """Raise for what numpy makes numbers of in silence (masks, booleans, ...), or cannot."""
     listed = isinstance(value, list | tuple)
     for start, part in enumerate(value if listed else (value,)):
@@ -62,7 +72,7 @@ def _check_kind(name: str, value: Any) -> None:
         if isinstance(item, np.ma.MaskedArray):
             raise InvalidInputError(f"{place(name, index)} must not be masked")
         if isinstance(item, _NOT_REAL):
-            rule = "a real number" if index else "an array of real numbers"
+            rule = "a real number" if index else wanted
             item = item.item() if isinstance(item, np.generic) else item
             raise InvalidInputError(f"{place(name, index)} must be {rule}, got {_shown(item)}")
         if isinstance(item, int) and abs(item) > _MOST_INT:
@@ -98,13 +108,56 @@ def per_instance(name: str, value: ArrayLike, instances: int) -> FloatArray:
     if not (array.size == 1 and _LEAST <= array.item() <= _MOST):
         check(name, array, POSITIVE)
         check(name, array, _IN_RANGE)
+    return each_instance(name, array, instances)
+
+
+def each_instance(name: str, array: FloatArray, instances: int) -> FloatArray:
+    """Broadcast a number, or one for each instance, to a new array [instance]."""
     if array.ndim > 1 or (array.ndim == 1 and array.size not in (1, instances)):
+        many = array.ndim == 1 and instances == 1
+        how = f"; ask one cell often with batch.take(np.zeros({array.size}, int))" if many else ""
         raise InvalidInputError(
-            f"{name} must have shape [{instances}] or be a scalar, got shape {list(array.shape)}"
+            f"{name} must have shape [{instances}] or be a scalar, got shape {list(array.shape)}{how}"
         )
     result = np.empty(instances)
     result[:] = array
     return result
+
+
+def number(name: str, value: ArrayLike, rule: Rule) -> float:
+    """Check a single number."""
+    array = as_array(name, value, "a real number")
+    if array.ndim:
+        raise InvalidInputError(f"{name} must be one number, got shape {list(array.shape)}")
+    check(name, array, rule)
+    return float(array)
+
+
+def rows(name: str, value: ArrayLike, count: int) -> NDArray[np.bool_ | np.integer]:
+    """Check indices into ``count`` rows, in any order and number, or a mask of them."""
+    try:
+        index = np.asarray(value)
+    except ValueError as error:  # lists of unequal lengths
+        raise InvalidInputError(f"{name} must be one list, got {_shown(value)}") from error
+    if index.ndim != 1:
+        raise InvalidInputError(
+            f"{name} must be a list of indices, a mask or a slice, got {_shown(value)}"
+        )
+    if index.dtype == np.bool_:
+        if index.size != count:
+            raise InvalidInputError(f"{name} must have {count} entries as a mask, got {index.size}")
+    elif not index.size:
+        index = index.astype(np.int64)  # numpy takes an empty list for one of floats
+    elif index.dtype.kind not in "iu":
+        raise InvalidInputError(f"{name} must be whole numbers or booleans, got {_shown(value)}")
+    else:
+        wrong = np.flatnonzero((index < -count) | (index >= count))
+        if wrong.size:
+            raise InvalidInputError(
+                f"{name}[{wrong[0]}] must be at least {-count} and below {count}, "
+                f"got {index[wrong[0]]}"
+            )
+    return index
 
 
 def filled(name: str, value: ArrayLike, rule: Rule, shape: tuple[int, ...]) -> FloatArray:

@@ -37,6 +37,7 @@ from scipy.optimize import brentq
 from pwff_solvers.allocation import certificate
 from pwff_solvers.allocation.allocation import Allocation
 from pwff_solvers.allocation.batch import Batch, FloatArray
+from pwff_solvers.allocation.checks import POSITIVE, Rule, number
 from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Shortest, Weighted
 from pwff_solvers.allocation.solve import GAP_TOLERANCE, VIOLATION_TOLERANCE, solve
@@ -46,7 +47,7 @@ __all__ = ["EnergyDelayCurve", "energy_delay_curve", "least_energy_within"]
 Access = Literal["fdma", "tdma"]
 IntArray = NDArray[np.int64]
 
-_TOLERANCE_RANGE = (1e-7, 0.5)
+_TOLERANCE: Rule = ("from 1e-07 to 0.5", lambda x: (x >= 1e-7) & (x <= 0.5))
 # The infimum may be 0, and no tolerance is small relative to that: below this part of the energy of
 # the shortest round errors count relative to it.
 _NEGLIGIBLE = 1e-6
@@ -60,7 +61,7 @@ _EDGE = 1e-11
 _BLUR = GAP_TOLERANCE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class EnergyDelayCurve:
     r"""Least energy against delay: points on the curve, and lines below it.
 
@@ -103,6 +104,13 @@ class EnergyDelayCurve:
             value = getattr(self, field.name)
             if isinstance(value, np.ndarray):
                 value.setflags(write=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"EnergyDelayCurve({self.delay_s.size} points: {self.delay_s[0]:.4g} to "
+            f"{self.delay_s[-1]:.4g} s, {self.energy_j[0]:.4g} to {self.energy_j[-1]:.4g} J; "
+            f"error {self.error:.1e}, worst gap {self.gap:.1e})"
+        )
 
     def upper_j(self, delay_s: ArrayLike) -> FloatArray:
         """Return an energy [J] that is enough: the chord; NaN below the shortest delay."""
@@ -163,8 +171,11 @@ def energy_delay_curve(
 
     Notes
     -----
-    See the module's docstring for the method.  All points of all curves that one sweep asks for are
-    one call of ``solve``.
+    *Method.*  V and W are convex.  Every allocation is a point on or above the curve, so chords of
+    points bound it from above; the certificate of a price w is a line of slope -w that bounds it
+    from below, at every delay.  Where the triangle between chord and lines is too high, ``solve``
+    is asked for the price at which the curve is farthest below the chord (sandwich algorithm; Rote,
+    Computing 48, 1992).  All points of all curves that one sweep asks for are one call.
 
     Examples
     --------
@@ -177,7 +188,7 @@ def energy_delay_curve(
     >>> bool(curve.lower_j(delay_s) <= curve.upper_j(delay_s) <= 1.011 * curve.lower_j(delay_s))
     True
     """
-    _check_tolerance(tolerance)
+    tolerance = number("tolerance", tolerance, _TOLERANCE)
     rows = np.arange(batch.instances)[None, :] if shared else np.arange(batch.instances)[:, None]
     if not rows.size:
         if shared:
@@ -246,9 +257,7 @@ def least_energy_within(
     >>> bool(abs(plan.price_of_time_w / price_of_time_w - 1).max() < 1e-6)
     True
     """
-    if not (np.ndim(delay_max_s) == 0 and math.isfinite(delay_max_s) and delay_max_s > 0):
-        raise InvalidInputError(f"delay_max_s must be positive and finite, got {delay_max_s!r}")
-    delay_max_s = float(delay_max_s)
+    delay_max_s = number("delay_max_s", delay_max_s, POSITIVE)
     if not batch.instances:
         raise InvalidInputError("batch must have at least one round to share a delay, got 0")
     fastest = solve(batch, Shortest(), access)
@@ -296,14 +305,6 @@ def least_energy_within(
 def _positive(round_s: FloatArray) -> FloatArray:
     """A round with nothing to do takes no time, but a given one must be positive."""
     return np.maximum(round_s, np.finfo(np.float64).tiny)
-
-
-def _check_tolerance(tolerance: float) -> None:
-    low, high = _TOLERANCE_RANGE
-    if not (np.ndim(tolerance) == 0 and low <= tolerance <= high):
-        raise InvalidInputError(
-            f"tolerance must be a number from {low:g} to {high:g}, got {tolerance!r}"
-        )
 
 
 def _highest(price_w: FloatArray, line_j: FloatArray, delay_s: FloatArray) -> FloatArray:

@@ -5,8 +5,9 @@ Written out in additions, multiplications and shifts of bits, ``exp`` and ``log`
 registers.  Formulas that use only the functions of this module are written once: under numba they
 are compiled for numbers inside loops, without it the same source works on arrays.
 
-Numba is used where it can be imported, unless the environment says ``PWFF_NUMBA=0`` (or numba's own
-``NUMBA_DISABLE_JIT=1``).  The compiled ``log`` and ``log1p`` are for positive normal numbers only.
+Numba is used where it can be imported, unless the environment says ``PWFF_NUMBA=0`` (or ``false``,
+``no``, ``off``; or numba's own ``NUMBA_DISABLE_JIT=1``).  The compiled ``log`` and ``log1p`` are for
+positive normal numbers only.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _numba_wanted() -> bool:
-    if os.environ.get("PWFF_NUMBA", "1") == "0":
+    if os.environ.get("PWFF_NUMBA", "").lower() in ("0", "false", "no", "off"):
         return False
     try:
         import numba

@@ -254,8 +254,8 @@ def _balance(
         step = np.clip(-residual / np.minimum(slope, -1e-300), -12.0, 12.0)
         new = level + step
         middle = np.where(np.isfinite(lo), 0.5 * (lo + hi), level - 4.0)
-        # a step that leaves the bracket upwards first tries its known upper end
-        new = np.where((new > lo) & (new < hi), new, middle)
+        # the two kinds of steps may undo each other for ever: halve the bracket now and then
+        new = np.where((new > lo) & (new < hi) & (count % 8 < 7), new, middle)
         fixed = np.abs(new - level) <= 4e-16 * (4.0 + np.abs(level))
         done = (np.abs(value) <= 1e-13) | fixed | ~np.isfinite(value)
         if final is None:

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pwff_solvers.allocation.batch import Batch, FloatArray
-from pwff_solvers.allocation.checks import per_instance
+from pwff_solvers.allocation.checks import Rule, check, per_instance
 from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Objective, Shortest, Weighted
 
@@ -39,6 +39,7 @@ __all__ = ["CvxpyFixed", "CvxpyJoint", "OracleSolution", "OracleSolve", "solve_c
 _NODES = np.array([0.0915666166, 0.3782845524, 0.6662568372, 0.8675362925, 0.9753111638])
 _WEIGHTS = np.array([0.21993461047, 0.31388795148, 0.24920257604, 0.15333137933, 0.06364326349])
 _Z_MAX = 18.0
+_BUSY: Rule = ("positive for cvxpy with FDMA", lambda x: x > 0)
 # Tighter than Clarabel's own 1e-8; _solve_instance goes back to that where it makes no progress.
 _TIGHT = {"tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11, "max_iter": 400}
 
@@ -241,8 +242,9 @@ def solve_cvxpy(
     RuntimeError
         If cvxpy reports no optimum, or one beyond the range of the joint formulation.
     """
-    if access == "fdma" and not ((batch.payload_bit > 0).all() and (batch.work_cycles > 0).all()):
-        raise InvalidInputError("payload_bit and work_cycles must be positive for the oracle")
+    if access == "fdma":
+        for name in ("payload_bit", "work_cycles"):
+            check(name, getattr(batch, name), _BUSY)
     if frequency_hz is not None and not isinstance(objective, LeastEnergy):
         raise InvalidInputError("frequency_hz must be None unless the objective is LeastEnergy")
     count = batch.instances

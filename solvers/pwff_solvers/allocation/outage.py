@@ -48,6 +48,7 @@ from numpy.typing import ArrayLike, NDArray
 from pwff_solvers.allocation import certificate
 from pwff_solvers.allocation.allocation import Allocation, Status
 from pwff_solvers.allocation.batch import Batch, FloatArray
+from pwff_solvers.allocation.blocks import BlockAllocation
 from pwff_solvers.allocation.checks import (
     NOT_NEGATIVE,
     POSITIVE,
@@ -69,7 +70,7 @@ _PROPER: Rule = ("above 0 and below 1", lambda x: (x > 0) & (x < 1))
 
 def outage_probability(
     batch: Batch,
-    allocation: Allocation,
+    allocation: Allocation | BlockAllocation,
     *,
     waterfall: ArrayLike = 1.08,
     interference_w: ArrayLike = 0.0,
@@ -82,7 +83,7 @@ def outage_probability(
     ----------
     batch : Batch
         The cells; ``gain`` is the mean channel gain :math:`h`.
-    allocation : Allocation
+    allocation : Allocation or BlockAllocation
         Any allocation of the batch, FDMA or TDMA (there b is the whole band).
     waterfall : float or array [instance, device]
         Threshold :math:`m`, positive, without unit.
@@ -115,6 +116,10 @@ def outage_probability(
     """
     m = _per_device(batch, "waterfall", waterfall, POSITIVE)
     interference = _per_device(batch, "interference_w", interference_w, NOT_NEGATIVE)
+    if not isinstance(allocation, Allocation | BlockAllocation):
+        raise InvalidInputError(
+            f"allocation must be an Allocation or BlockAllocation, got {type(allocation).__name__}"
+        )
     b, p = allocation.bandwidth_hz, allocation.power_w
     if b.shape != batch.gain.shape:
         raise InvalidInputError(
@@ -169,9 +174,17 @@ def solve_outage(
 
     Notes
     -----
-    The gap is that of weak duality, see :func:`outage_bound`; status is OPTIMAL only where
-    |gap| <= 1e-8 and violation <= 1e-9.  The module says why the problem is convex and when it is
-    infeasible.  Range as for ``solve``: spectral efficiencies up to 690 nat/s/Hz.
+    *Convexity.*  With ``a = s ln 2``, ``z = a/(b t)``, ``phi(z) = (e^z - 1)/z`` and ``A = a N_0/h``
+    the limit reads ``z >= z_min = ln(1 - m/ln(1 - q_max))``.  A device need not use all of its band:
+    with the best part of it, transmit energy is ``max(A phi(z), A phi(z_min))``, convex in (b, t),
+    and what remains of the limit is ``t >= t_q = A phi(z_min)/P``.
+
+    *Feasibility.*  So the limits lengthen the shortest round to ``max_k t_q + c/f_max + d`` where
+    that is more than the shortest round without them; no limit is infeasible at every round.
+
+    *Certificate.*  The gap is that of weak duality, see :func:`outage_bound`; status is OPTIMAL only
+    where |gap| <= 1e-8 and violation <= 1e-9.  Range as for ``solve``: spectral efficiencies up to
+    690 nat/s/Hz.
 
     Source: own derivation; packet error model of Chen et al., IEEE TWC 2021.
 

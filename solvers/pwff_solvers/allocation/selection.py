@@ -33,9 +33,12 @@ from pwff_solvers.allocation.allocation import Allocation, Status
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.checks import (
     NOT_NEGATIVE,
+    Rule,
     as_array,
     check,
+    each_instance,
     filled,
+    number,
     per_instance,
 )
 from pwff_solvers.allocation.errors import InvalidInputError
@@ -56,6 +59,7 @@ _EDGE = 1e-11
 _FRONT = 64  # nodes of one instance that are bounded at once
 _OUT, _IN, _FREE = -1, 1, 0
 _SEARCH_LIMIT = 80
+_NODES: Rule = ("a whole number of at least 1", lambda x: (x >= 1) & (x == np.floor(x)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -159,7 +163,8 @@ def serve(batch: Batch, round_s: ArrayLike, devices: ArrayLike, nodes: int = 200
     Returns
     -------
     Selection
-        INFEASIBLE where fewer devices than that can be served.
+        INFEASIBLE where fewer devices than that can be served.  A device that is not served spends
+        nothing, its fixed energy included; the fixed delay stays.
 
     Raises
     ------
@@ -178,7 +183,7 @@ def serve(batch: Batch, round_s: ArrayLike, devices: ArrayLike, nodes: int = 200
     """
     wanted = _round(batch, round_s)
     count = _number("devices", devices, batch.devices, batch.instances)
-    limit = _node_limit(nodes)
+    limit = int(number("nodes", nodes, _NODES))
     need = _least_bandwidth(batch, wanted)
     greedy = _first(np.argsort(need, axis=1, kind="stable"), count)
     tree = _Tree(batch, wanted, need, np.zeros_like(need), count)
@@ -205,7 +210,8 @@ def drop_out(batch: Batch, round_s: ArrayLike, value_j: ArrayLike, nodes: int = 
     Returns
     -------
     Selection
-        INFEASIBLE only where the round is shorter than its fixed delay.
+        INFEASIBLE only where the round is shorter than its fixed delay.  A dropped device spends
+        nothing, its fixed energy included: it costs ``value_j`` alone.
 
     Raises
     ------
@@ -225,7 +231,7 @@ def drop_out(batch: Batch, round_s: ArrayLike, value_j: ArrayLike, nodes: int = 
     wanted = _round(batch, round_s)
     shape = (batch.instances, batch.devices)
     value = filled("value_j", value_j, NOT_NEGATIVE, shape)
-    limit = _node_limit(nodes)
+    limit = int(number("nodes", nodes, _NODES))
     tree = _Tree(batch, wanted, _least_bandwidth(batch, wanted), value, None)
     return tree.search(np.zeros(shape, dtype=np.bool_), limit)
 
@@ -246,17 +252,7 @@ def _number(name: str, value: ArrayLike, most: int, instances: int) -> IntArray:
     check(name, array, ("a whole number", lambda x: x == np.floor(x)))
     check(name, array, NOT_NEGATIVE)
     check(name, array, (f"at most the number of devices, {most}", lambda x: x <= most))
-    if array.ndim > 1 or (array.ndim == 1 and array.size not in (1, instances)):
-        raise InvalidInputError(
-            f"{name} must have shape [{instances}] or be a scalar, got shape {list(array.shape)}"
-        )
-    return np.broadcast_to(array, (instances,)).astype(np.int64)
-
-
-def _node_limit(nodes: int) -> int:
-    if nodes < 1:
-        raise InvalidInputError(f"nodes must be positive, got {nodes}")
-    return int(nodes)
+    return each_instance(name, array, instances).astype(np.int64)
 
 
 def _selection(

@@ -60,7 +60,8 @@ def solve(
     batch : Batch
         Instances [instance] of devices [device]; SI units.
     objective : Shortest, LeastEnergy or Weighted
-        The shortest round; the least energy within a round; the least energy + price x round.
+        The shortest round; the least energy within a round; the least energy + price x round.  To
+        ask one cell for many rounds or prices, repeat it: ``batch.take(np.zeros(n, int))``.
     access : {"fdma", "tdma"}
         Own bands at the same time, or the whole band one after another.
     threads : int, default 1
@@ -107,9 +108,20 @@ def solve(
     from below (weak duality); ``certificate.py`` evaluates it at the multipliers the returned point
     suggests, corrected by its own residual so that it stays a bound, less what rounding can have done
     to it.  ``status`` is OPTIMAL only where gap <= 1e-8 and violation <= 1e-9.  A round within
-    1e-11 of the shortest is answered by the point of the shortest; there, and up to about 1e-9
-    above, the price of time is so high that no certificate in double precision can be that sharp: the
-    status says INACCURATE and the gap how much is certain.
+    1e-11 of the shortest is answered by the point of the shortest.  Near it the price of time is so
+    high that rounding alone opens the gap: the status says INACCURATE and the gap how much is
+    certain, though the point is right.  Of 20,000 cells of four devices whose quantities spread over
+    several decades, 56 % were INACCURATE at rounds 1e-9 above the shortest, 40 % at 1e-8, 18 % at
+    1e-7, 1.5 % at 1e-6, 0.03 % at 1e-5 and none at 1e-4 (largest gap 3e-5).  With prices of time
+    from 1e-6 to 1e9 W about 10 of them at most were (gap below 3e-7), and with TDMA none.  Without
+    numba about 50 were (gap below 1e-6), and 2.7 % at the shortest round itself, where such points
+    meet their limits only to 1e-5.
+
+    *Company.*  Instances are solved side by side and iterate until the last one has converged, so an
+    answer depends on the others in its batch, within its tolerances: in those cells the objective by
+    up to 1e-8, and by less than 1e-10 where devices differ less; the energy by up to 2e-7 at a price
+    that asks for nearly the shortest round.  At the edge of a tolerance, as above, the status may
+    change.  Equal batches give equal answers, to the last bit and for any ``threads``.
 
     *Range.*  The spectral efficiency is limited to 690 nat/s/Hz, and device quantities should keep
     ``P h/(N_0 B)`` above 1e-8: below that, the bandwidth a device needs at the shortest round is
@@ -130,6 +142,17 @@ def solve(
     ([0], True)
     >>> bool(abs(plan.bandwidth_hz.sum() / 1e6 - 1) < 1e-12)
     True
+
+    FEDL (Dinh et al.) counts nat, gives noise power over gain, prices computing at alpha/2 c f^2
+    and calls the price of time kappa:
+
+    >>> nat, noise_w, noise_over_gain_w, alpha, kappa = 25e3, 1e-10, np.array([0.9, 0.2]), 2e-28, 0.1
+    >>> fedl = Batch(payload_bit=nat / np.log(2), work_cycles=[1.2e9, 1.1e9],
+    ...              gain=noise_w / noise_over_gain_w, power_min_w=0.2, power_max_w=1.0,
+    ...              frequency_min_hz=0.3e9, frequency_max_hz=[1.2e9, 1.7e9], kappa=alpha / 2,
+    ...              bandwidth_hz=1e6, noise_psd_w_per_hz=noise_w / 1e6)
+    >>> solve(fedl, Weighted(price_of_time_w=kappa), access="tdma").status.tolist()
+    [0]
     """
     if access not in ("fdma", "tdma"):
         raise InvalidInputError(f"access must be 'fdma' or 'tdma', got {access!r}")

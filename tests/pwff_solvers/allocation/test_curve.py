@@ -392,11 +392,25 @@ def test_error_is_the_largest_distance_of_the_bounds():
 
 def test_bad_input():
     batch = Batch(**CELL)
-    for value in (0.0, 1e-8, 0.6, np.nan, [0.1]):
-        with pytest.raises(InvalidInputError, match=r"^tolerance must be a number from 1e-07 to"):
+    for value, rule in (
+        (0.0, "from 1e-07 to 0.5, got 0.0"),
+        (1e-8, "from 1e-07 to 0.5, got 1e-08"),
+        (0.6, "from 1e-07 to 0.5, got 0.6"),
+        (np.nan, "finite, got nan"),
+        ([0.1], r"one number, got shape \[1\]"),
+        ("a", "a real number, got 'a'"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"^tolerance must be {rule}"):
             energy_delay_curve(batch, value)
-    for value in (0.0, -1.0, np.nan, np.inf):
-        with pytest.raises(InvalidInputError, match=r"^delay_max_s must be positive and finite"):
+    for value, rule in (
+        (0.0, "positive, got 0.0"),
+        (-1.0, "positive, got -1.0"),
+        (np.nan, "finite, got nan"),
+        (np.inf, "finite, got inf"),
+        ([1.0, 2.0], r"one number, got shape \[2\]"),
+        ("a", "a real number, got 'a'"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"^delay_max_s must be {rule}"):
             least_energy_within(batch, value)
     with pytest.raises(InvalidInputError, match=r"^access must be"):
         energy_delay_curve(batch, access="cdma")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
+import pickle
 import re
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -16,6 +20,8 @@ from pwff_solvers.allocation import (
     Shortest,
     Status,
     Weighted,
+    elementary,
+    energy_delay_curve,
     solve,
 )
 
@@ -51,7 +57,9 @@ GOOD = {
          "frequency_min_hz[0, 0] must be at most frequency_max_hz[0, 0] = 2000000000.0, "
          "got 3000000000.0"),
         ({"work_cycles": [1.0, 2.0, 3.0]},
-         "work_cycles must have 2 along the device axis like payload_bit, got shape [3]"),
+         "payload_bit and work_cycles must have equal sizes along the device axis, got 2 and 3"),
+        ({"gain": [[1e-10, 1e-11]] * 3, "bandwidth_hz": [1e6, 1e6]},
+         "gain and bandwidth_hz must have equal sizes along the instance axis, got 3 and 2"),
         ({"bandwidth_hz": [[1e6]]}, "bandwidth_hz must broadcast to [instance], got shape [1, 1]"),
         ({"gain": "loud"}, "gain must be an array of real numbers, got 'loud'"),
         ({"gain": ["1e-10", "1e-11"]}, "gain[0] must be a real number, got '1e-10'"),
@@ -61,6 +69,8 @@ GOOD = {
         ({"gain": 1j}, "gain must be an array of real numbers, got 1j"),
         ({"gain": {1.0}}, "gain must be an array of real numbers, got {1.0}"),
         ({"gain": [[1e-10], [1e-10, 1e-11]]}, "gain must be an array of real numbers, got [["),
+        ({"kappa": None}, "kappa must be an array of real numbers, got None"),
+        ({"kappa": [1e-28, None]}, "kappa[1] must be a real number, got None"),
         ({"kappa": True}, "kappa must be an array of real numbers, got True"),
         ({"kappa": [1e-28, False]}, "kappa[1] must be a real number, got False"),
         ({"kappa": np.array([[True, False]])}, "kappa[0, 0] must be a real number, got True"),
@@ -117,6 +127,10 @@ def test_bad_objective_and_access():
     for objective, message in (
         (LeastEnergy(-1.0), "round_s must be positive, got -1.0"),
         (LeastEnergy([1.0, 2.0]), r"round_s must have shape \[1\] or be a scalar, got shape \[2\]"),
+        (
+            Weighted([1.0, 2.0, 3.0]),
+            r"got shape \[3\]; ask one cell often with batch.take\(np.zeros\(3, int\)\)$",
+        ),
         (Weighted(0.0), "price_of_time_w must be positive, got 0.0"),
         (Weighted([np.nan]), r"price_of_time_w\[0\] must be finite, got nan"),
         ("cheap", "objective must be Shortest"),
@@ -185,6 +199,80 @@ def test_inputs_stay_as_they_were_and_batches_are_read_only():
         batch.gain[0, 0] = 1.0
     with pytest.raises(AttributeError):
         batch.gain = 1.0
+
+
+def test_batches_survive_pickling_and_copying():
+    batch = random_batch(np.random.default_rng(4), 3, 2)
+    for again in (pickle.loads(pickle.dumps(batch)), copy.deepcopy(batch), copy.copy(batch)):  # noqa: S301
+        np.testing.assert_array_equal(again.device, batch.device)
+        np.testing.assert_array_equal(again.cell, batch.cell)
+        assert not again.device.flags.writeable
+        assert not again.cell.flags.writeable
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        there = pool.submit(solve, batch, Shortest()).result(timeout=300)
+    np.testing.assert_array_equal(there.round_s, solve(batch, Shortest()).round_s)
+
+
+@pytest.mark.parametrize(
+    ("which", "rows"),
+    [
+        ([2, 0], [2, 0]),
+        ([-1], [2]),
+        ([1, 1, 1, 1], [1, 1, 1, 1]),
+        ([], []),
+        (np.array([], bool).astype(int), []),
+        ([True, False, True], [0, 2]),
+        (slice(1, None), [1, 2]),
+    ],
+)
+def test_parts_of_a_batch(which, rows):
+    batch = random_batch(np.random.default_rng(5), 3, 2)
+    part = batch.take(which)
+    assert (part.instances, part.devices) == (len(rows), 2)
+    np.testing.assert_array_equal(part.gain, batch.gain[rows])
+    np.testing.assert_array_equal(part.bandwidth_hz, batch.bandwidth_hz[rows])
+    assert solve(part, LeastEnergy(1e3)).energy_j.shape == (len(rows),)
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        (1, "instances must be a list of indices, a mask or a slice, got 1"),
+        (np.int64(1), "instances must be a list of indices, a mask or a slice, got "),
+        ([[0, 1]], "instances must be a list of indices, a mask or a slice, got [[0, 1]]"),
+        ([[0], [1, 2]], "instances must be one list, got [[0], [1, 2]]"),
+        ([0, 7], "instances[1] must be at least -3 and below 3, got 7"),
+        ([-4], "instances[0] must be at least -3 and below 3, got -4"),
+        ([True, False], "instances must have 3 entries as a mask, got 2"),
+        ([0.0, 1.0], "instances must be whole numbers or booleans, got [0.0, 1.0]"),
+        ("ab", "instances must be a list of indices, a mask or a slice, got 'ab'"),
+    ],
+)
+def test_parts_that_a_batch_does_not_have(which, message):
+    with pytest.raises(InvalidInputError, match="^" + re.escape(message)):
+        random_batch(np.random.default_rng(5), 3, 2).take(which)
+
+
+def test_results_say_in_one_line_what_they_are():
+    batch = random_batch(np.random.default_rng(6), 3, 2)
+    assert repr(batch) == "Batch(3 instances x 2 devices)"
+    shortest = solve(batch, Shortest()).round_s
+    mixed = solve(batch, LeastEnergy(shortest * [2.0, 0.5, 2.0]))
+    outcome = r"3 instances x 2 devices: 2 OPTIMAL, 1 INFEASIBLE; worst gap -?\d\.\de-\d+"
+    assert re.fullmatch(rf"Allocation\({outcome}\)", repr(mixed))
+    assert repr(solve(batch.take([]), Shortest())) == "Allocation(0 instances x 2 devices)"
+    (curve,) = energy_delay_curve(batch, shared=True)
+    assert re.fullmatch(
+        rf"EnergyDelayCurve\({curve.delay_s.size} points: {curve.delay_s[0]:.4g} to .* s, "
+        r".* to .* J; error \S+, worst gap \S+\)",
+        repr(curve),
+    )
+
+
+@pytest.mark.parametrize("word", ["0", "false", "No", "OFF"])
+def test_numba_can_be_switched_off(word, monkeypatch):
+    monkeypatch.setenv("PWFF_NUMBA", word)
+    assert not elementary._numba_wanted()
 
 
 def test_shapes_broadcast():

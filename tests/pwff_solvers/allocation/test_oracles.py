@@ -10,8 +10,16 @@ import pytest
 from allocation_cells import random_batch
 from scipy.optimize import minimize
 
-from pwff_solvers.allocation import Batch, LeastEnergy, Shortest, Status, Weighted, solve
-from pwff_solvers.allocation.oracle import solve_cvxpy
+from pwff_solvers.allocation import (
+    Batch,
+    InvalidInputError,
+    LeastEnergy,
+    Shortest,
+    Status,
+    Weighted,
+    solve,
+    solve_cvxpy,
+)
 
 FEDL = json.loads(
     (Path(__file__).parents[2] / "oracles" / "fedl_5_devices.json").read_text(encoding="utf-8")
@@ -97,6 +105,15 @@ def test_joint_problem_against_cvxpy(name):
 
 def price_free(name):
     return name != "weighted"  # T is only as sharp as the square root of the objective
+
+
+def test_cvxpy_with_fdma_needs_work_and_payload():
+    batch = random_batch(np.random.default_rng(1), 2, 3)
+    idle = batch.payload_bit.copy()
+    idle[1, 2] = 0.0
+    message = r"^payload_bit\[1, 2\] must be positive for cvxpy with FDMA, got 0.0"
+    with pytest.raises(InvalidInputError, match=message):
+        solve_cvxpy(batch.replace(payload_bit=idle), Shortest())
 
 
 @pytest.mark.parametrize("name", ["least", "weighted", "shortest"])

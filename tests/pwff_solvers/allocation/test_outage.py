@@ -16,9 +16,13 @@ from pwff_solvers.allocation import (
     Shortest,
     Status,
     certificate,
+    outage_bound,
+    outage_probability,
+    round_to_blocks,
+    serve,
     solve,
+    solve_outage,
 )
-from pwff_solvers.allocation.outage import outage_bound, outage_probability, solve_outage
 
 GOOD = {
     "payload_bit": [[1e5, 2e5]],
@@ -395,3 +399,7 @@ def test_bad_input_of_the_outage_probability():
     other = Batch(**{**GOOD, "bandwidth_hz": [1e6, 2e6]})
     with pytest.raises(InvalidInputError, match=r"allocation must have shape \[2, 2\] like the "):
         outage_probability(other, result)
+    with pytest.raises(InvalidInputError, match=r"^allocation must be .*, got Selection$"):
+        outage_probability(batch, serve(batch, 3.0, 1))
+    blocks = round_to_blocks(batch, 3.0, 10)
+    assert (outage_probability(batch, blocks) > 0).all()
