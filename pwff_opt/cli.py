@@ -18,9 +18,11 @@ from rich.table import Table
 from pwff_opt.errors import PwffError, RunError
 from pwff_opt.figures import front_figure, segments
 from pwff_opt.pareto import Front, Progress, pareto_front
-from pwff_opt.records import Journal, RunFolder
+from pwff_opt.planning import Planner
+from pwff_opt.records import Journal, Past, RunFolder
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario_io import built_in_names, parse_scenario, read_scenario, scenario_text
+from pwff_opt.search import Surrogate
 
 PIPE_WIDTH = 140
 
@@ -52,7 +54,7 @@ def front(
     trainings: Annotated[int, typer.Option(min=1, help="how many schedules to train")] = 24,
     confirm: Annotated[
         int, typer.Option(min=0, help="fresh seeds to train the schedules of the front again with")
-    ] = 0,
+    ] = 2,
 ) -> None:
     """Search for the energy-delay-accuracy front of a scenario; kill it and run it again to go on."""
     text, folder_of_file = scenario_text(scenario)
@@ -73,6 +75,25 @@ def show(run: RunArgument) -> None:
         state = folder.info().get("status", "not begun") if folder.scenario() else ""
         raise RunError(f"{run} has no front yet (its status is {state!r}); run: pwff-opt front")
     _print_front(folder)
+
+
+@app.command()
+def certify(
+    run: RunArgument,
+    confidence: Annotated[
+        float, typer.Option(min=0, help="standard deviations of hope for what was not trained")
+    ] = 2.0,
+) -> None:
+    """Say how far the front of a run may be from the front of all schedules."""
+    folder = RunFolder(run)
+    scenario = folder.scenario()
+    journal = Journal(Past(folder), folder)
+    search = Surrogate(Planner(scenario, journal.workload))
+    for evaluation in journal.recorded():
+        search.tell(evaluation.schedule, evaluation)
+    with console.status("going through all schedules …"):
+        certificate = search.certificate(confidence)
+    console.print(f"{len(journal)} trainings in {run}; {certificate.sentence}")
 
 
 @app.command("save-model")

@@ -209,19 +209,21 @@ class Codec:
         cardinalities = self.cardinalities
         if genome.shape != cardinalities.shape:
             raise DecisionError(f"genome must have {len(cardinalities)} genes, got {genome.shape}")
-        for gene, (value, limit) in enumerate(zip(genome, cardinalities, strict=True)):
-            if not 0 <= value < limit:
-                raise DecisionError(f"genome[{gene}] must be in 0..{limit - 1}, got {value}")
-        rounds: list[RoundDecision] = []
-        for part, length in zip(
-            np.split(genome, self.space.phases), self._phase_lengths, strict=True
-        ):
+        outside = np.flatnonzero((genome < 0) | (genome >= cardinalities))
+        if len(outside):
+            gene = outside[0]
+            raise DecisionError(
+                f"genome[{gene}] must be in 0..{cardinalities[gene] - 1}, got {genome[gene]}"
+            )
+        alphabet, rounds = self._states, list[RoundDecision]()
+        phases = genome.reshape(self.space.phases, -1).tolist()
+        for part, length in zip(phases, self._phase_lengths, strict=True):
             ranks = tuple(self.space.ranks[gene] for gene in part[: self._rank_genes])
             if self._rank_genes == 1:
                 ranks *= self.devices
-            depth = int(part[self._rank_genes]) if self._freezes else self.layers
+            depth = part[self._rank_genes] if self._freezes else self.layers
             states = (LayerState.FROZEN,) * (self.layers - depth) + tuple(
-                self._states[gene] for gene in part[-depth:] if depth
+                alphabet[gene] for gene in part[-depth:] if depth
             )
             rounds += [RoundDecision(ranks=ranks, states=states)] * length
         return Schedule(rounds=tuple(rounds)).canonical()

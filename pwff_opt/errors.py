@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pwff_solvers.allocation import InvalidInputError
 
 
 class PwffError(Exception):
@@ -20,7 +23,16 @@ class ScenarioError(PwffError):
 
 
 class DecisionError(PwffError):
-    """A round decision or schedule that does not fit the model or the decision space."""
+    """A decision, schedule or argument that makes no sense, or does not fit the model or the space."""
+
+
+@contextmanager
+def allocator_refusals() -> Iterator[None]:
+    """Raise what the allocator refuses as a DecisionError: it is as deliberate as any other."""
+    try:
+        yield
+    except InvalidInputError as error:
+        raise DecisionError(str(error)) from error
 
 
 class DataError(PwffError):

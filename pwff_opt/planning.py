@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pwff_opt.costs import CostModel, Demand, Workload
 from pwff_opt.decision import Codec, LayerState, RoundDecision, Schedule
-from pwff_opt.errors import DecisionError, InfeasibleError
+from pwff_opt.errors import DecisionError, InfeasibleError, allocator_refusals
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Scenario
 from pwff_opt.wireless import channel_gain
@@ -38,7 +38,7 @@ PRICE_DECADES = (1.0, -5.0)
 LARGEST_GAP = 1e-6
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Curve:
     """The energy-delay curves of a schedule and of all its prefixes, at the same prices of time.
 
@@ -57,6 +57,14 @@ class Curve:
     gap: float
     """Largest relative duality gap of all allocations behind the curve."""
 
+    def __repr__(self) -> str:
+        rounds, points = self.energy_j.shape
+        delay, energy = self.delay_s[-1], self.energy_j[-1]
+        return (
+            f"Curve({rounds} rounds x {points} points; after all rounds {delay[0]:.4g} to "
+            f"{delay[-1]:.4g} s, {energy[0]:.4g} to {energy[-1]:.4g} J; worst gap {self.gap:.1e})"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Plan:
@@ -68,7 +76,8 @@ class Plan:
     allocation: Allocation
     """Bandwidth, power and frequency, [round, device], with their certificates."""
     price_of_time_w: float
-    """What a second is worth to every round; 0 where the deadline does not bind."""
+    """What a second is worth to every round; 0 where the deadline does not bind (reallocate then by
+    the length of the round)."""
     energy_j: float
     """Of all devices in all rounds."""
     delay_s: float
@@ -77,14 +86,15 @@ class Plan:
     def __repr__(self) -> str:
         return (
             f"Plan({self.schedule}: {self.energy_j:.4g} J, {self.delay_s:.4g} s at "
-            f"{self.price_of_time_w:.3g} W)"
+            f"{self.price_of_time_w:.3g} W; {self.allocation})"
         )
 
 
 class Planner:
     """Costs, curves and plans of schedules in one scenario.
 
-    Rounds and devices count from 0. A schedule may be given as its text, ``"8x4:ffffaa"``.
+    Rounds and devices count from 0; device k is the one that the k-th ``[[device]]`` of a scenario file
+    sets. A schedule may be given as its text, ``"8x4:ffffaa"``.
 
     Parameters
     ----------
@@ -127,6 +137,7 @@ class Planner:
         """
         return self.curves([schedule], points=points)[0]
 
+    @allocator_refusals()
     def curves(
         self, schedules: Sequence[Schedule | str], *, points: int | None = None
     ) -> list[Curve]:
@@ -166,6 +177,7 @@ class Planner:
             for own, end, length in zip(prices, ends, lengths, strict=True)
         ]
 
+    @allocator_refusals()
     def plan(
         self,
         schedule: Schedule | str,
@@ -211,6 +223,7 @@ class Planner:
             delay_s=float(allocation.round_s.sum()),
         )
 
+    @allocator_refusals()
     def reallocate(
         self,
         schedule: Schedule | str,
@@ -222,8 +235,14 @@ class Planner:
     ) -> Allocation:
         """Return the allocation of round ``number`` for gains [device] measured just now.
 
-        Give the price of time of the plan, or the length of the round. The allocation carries its
-        certificate (``gap``) and, where the round is too short, says so in ``status``.
+        Give the price of time of the plan [W], or the length of the round [s]. The allocation, of one
+        instance, carries its certificate (``gap``) and, where the round is too short, says so in
+        ``status``.
+
+        Raises
+        ------
+        DecisionError
+            If an argument is not what it must be.
         """
         _one_of(price_of_time_w=price_of_time_w, round_s=round_s)
         schedule = self._read(schedule)
@@ -313,20 +332,18 @@ class Planner:
     def _smaller_until_fit(self, schedule: Schedule) -> Schedule | None:
         ranks = sorted(self.scenario.decisions.ranks, reverse=True)
         layers = self.codec.layers
-        limits = [max(ranks), *[rank for rank in ranks if rank < max(ranks)]]
         for frozen in range(layers + 1):
-            for limit in limits if frozen == 0 else limits[-1:]:
-                smaller = Schedule(
-                    rounds=tuple(
-                        RoundDecision(
-                            ranks=tuple(min(rank, limit) for rank in decision.ranks),
-                            states=(LayerState.FROZEN,) * frozen + decision.states[frozen:],
-                        )
-                        for decision in schedule.rounds
+            for limit in dict.fromkeys(ranks) if frozen == 0 else ranks[-1:]:
+                smaller = {  # a decision is mostly that of many rounds
+                    decision: RoundDecision(
+                        ranks=tuple(min(rank, limit) for rank in decision.ranks),
+                        states=(LayerState.FROZEN,) * frozen + decision.states[frozen:],
                     )
-                )
-                if self.costs.fits(self.costs.demand(smaller)):
-                    return smaller.canonical()
+                    for decision in dict.fromkeys(schedule.rounds)
+                }
+                fitting = Schedule(rounds=tuple(smaller[decision] for decision in schedule.rounds))
+                if self.costs.fits(self.costs.demand(fitting)):
+                    return fitting.canonical()
         return None
 
 

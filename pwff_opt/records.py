@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from pwff_opt.costs import Workload
@@ -191,6 +192,27 @@ class RunFolder:
             )
 
 
+class Past:
+    """The evaluator of a run that is over: it knows what the data contribute to costs, and trains nothing."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        given = folder.info().get("workload")
+        if given is None:
+            raise RunError(f"{folder.path} has no workload in its run.json; run: pwff-opt front")
+        moments = {name: np.array(given[name]) for name in ("mean_tokens", "mean_squared_tokens")}
+        self.workload = Workload(classes=given["classes"], **moments)
+        self._path = folder.path
+
+    def train(self, schedule: Schedule) -> Evaluation:
+        raise RunError(f"{self._path} holds no training of {schedule}")
+
+    def test(self, schedule: Schedule) -> tuple[float, ...]:
+        raise RunError(f"{self._path} holds no test of {schedule}")
+
+    def with_seed(self, seed: int) -> Past:
+        return self
+
+
 class Journal:
     """An evaluator that remembers in a run folder: what is in the journal is never trained again."""
 
@@ -244,6 +266,15 @@ class Journal:
         other._scenario = replace(self._scenario, seeds=seeds)
         other._evaluator = self._evaluator.with_seed(seed)
         return other
+
+    def recorded(self) -> list[Evaluation]:
+        """Return everything that was trained with this journal's seed, in order."""
+        devices, seed = len(self._scenario.devices), self._scenario.seeds.training
+        return [
+            self._recall(key, Schedule.parse(row["schedule"], devices=devices))
+            for key, row in self._known.items()
+            if row["seed"] == seed
+        ]
 
     def __len__(self) -> int:
         return len(self._known)

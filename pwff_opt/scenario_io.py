@@ -22,9 +22,9 @@ from pwff_opt.rng import stream
 from pwff_opt.scenario import Device, Scenario, rules_of, value_problems
 
 BUILT_IN = files("pwff_opt") / "scenarios"
-_UNREAD = (
-    math.nan
-)  # for a quantity that could not be read: in no order to any other, so hides no error
+# For required quantities that could not be read; the others fall back to their defaults. They break
+# no rule of their own or between fields, so that every mistake makes one problem.
+_STAND_INS = {"distance_m": 1.0, "power_max_w": 1.0, "frequency_max_hz": 1e300}
 _DISTRIBUTIONS = {
     "uniform": "[low, high]: equally likely between",
     "log_uniform": "[low, high]: its logarithm equally likely between",
@@ -80,11 +80,11 @@ def parse_scenario(text: str, *, folder: str | Path = ".", source: str = "scenar
     try:
         scenario = Scenario(**values)
     except ScenarioError as error:
-        # What could not be made or read has been reported, once: not again, nor once a device.
-        unmade = [f"{name} must be a" for name, value in values.items() if value is None]
+        # What could not be made has been reported already.
+        unmade = [f"{name} must " for name, value in values.items() if value is None]
         unmade += [
-            f"devices[{number}] must be a"
-            for number, device in enumerate(values.get("devices") or ())
+            f"devices[{number}] must "
+            for number, device in enumerate(values["devices"] or ())
             if device is None
         ]
         problems += [
@@ -94,8 +94,6 @@ def parse_scenario(text: str, *, folder: str | Path = ".", source: str = "scenar
         ]
     except TypeError:  # a required table is missing, reported already
         pass
-    unread = [f".{key} must be finite, got nan" for key in _unread(document["devices"])]
-    problems = [line for line in problems if not line.endswith(tuple(unread))]
     if problems:
         raise ScenarioError(source, problems)
     return scenario
@@ -174,28 +172,28 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-def _unread(devices: list[dict[str, Any]]) -> set[str]:
-    """Return the quantities whose population could not be read."""
-    return {key for device in devices for key, value in device.items() if value is _UNREAD}
-
-
 # -- devices --------------------------------------------------------------------------------------
 
 
-def _devices(population: Any, singles: Any, seed: Any, problems: list[str]) -> list[dict[str, Any]]:
-    """Return one table a device: drawn from the population, then replaced by its own entry."""
+def _devices(
+    population: Any, singles: Any, seed: Any, problems: list[str]
+) -> list[dict[str, Any]] | None:
+    """Return one table a device: drawn from the population, then replaced by its own entry.
+
+    None if there is no telling how many.
+    """
     if isinstance(population, list):  # a resolved scenario spells every device out
         singles, population = population, {}
     if not _is_table(population) or not isinstance(singles, list):
         problems.append("devices must be a table [devices] and device a list of tables [[device]]")
-        return []
+        return None
     drawn = dict(population)
     count = drawn.pop("count", len(singles))
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         problems.append(
             f"devices.count must be a whole number of at least 1 (or [[device]] entries), got {count!r}"
         )
-        return []
+        return None
     if len(singles) > count:
         problems.append(
             f"device must hold at most devices.count ({count}) entries, got {len(singles)}"
@@ -220,14 +218,19 @@ def _devices(population: Any, singles: Any, seed: Any, problems: list[str]) -> l
             values = [] if own else [rule] * count
         for table, value in zip(tables, values, strict=False):
             table[key] = value
-        if not values:
+        if not values and key in _STAND_INS:
             for table in tables:
-                table[key] = _UNREAD
+                table[key] = _STAND_INS[key]
     for table, single in zip(tables, singles, strict=False):
         if _is_table(single):
             table.update(single)
         else:
             problems.append(f"device must be a list of tables, got {single!r}")
+    for key, stand_in in _STAND_INS.items():
+        if not any(key in table for table in tables):
+            problems.append(f"devices.{key} is required, and missing")
+            for table in tables:
+                table[key] = stand_in
     return tables
 
 

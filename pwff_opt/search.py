@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
 
+import moocore
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from pwff_opt.decision import LayerState, RoundDecision, Schedule
+from pwff_opt.errors import DecisionError
 from pwff_opt.evaluation import Evaluation
 from pwff_opt.planning import Curve, Planner
 from pwff_opt.rng import stream
@@ -137,6 +139,62 @@ def features(schedule: Schedule) -> FloatArray:
     return np.column_stack([np.log2(rounds), means]) / 3.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """How far a front may be from that of all schedules, in log10 energy, log10 delay and error."""
+
+    hypervolume_ratio: float
+    """Of the front found over that hoped for."""
+    epsilon_additive: float
+    """By how much every coordinate of the front found must improve to dominate what is hoped for."""
+    igd_plus: float
+    """Mean distance by which points hoped for are not dominated."""
+    untrained: int
+    confidence: float
+    """Standard deviations that untrained schedules are hoped to be better than modelled."""
+    cells: int
+    """Of log energy, that areas are measured in."""
+    cell_width: float
+    """In log10 energy."""
+
+    @classmethod
+    def of(
+        cls,
+        found: Attained,
+        hoped: Attained,
+        edges: FloatArray,
+        *,
+        untrained: int,
+        confidence: float,
+    ) -> Certificate:
+        ours, theirs = found.points(edges), hoped.points(edges)
+        return cls(
+            hypervolume_ratio=found.hypervolume / hoped.hypervolume,
+            epsilon_additive=float(moocore.epsilon_additive(ours, ref=theirs)),
+            igd_plus=float(moocore.igd_plus(ours, ref=theirs)),
+            untrained=untrained,
+            confidence=confidence,
+            cells=len(edges) - 1,
+            cell_width=float(edges[1] - edges[0]),
+        )
+
+    @property
+    def sentence(self) -> str:
+        """What it says, and how sure it is."""
+        figures = (
+            f"hypervolume ratio {self.hypervolume_ratio:.4f}, additive epsilon {self.epsilon_additive:.4f}, "
+            f"IGD+ {self.igd_plus:.2e} (log10 J, log10 s, error; {self.cells} cells of "
+            f"{self.cell_width:.3f} in log10 J)"
+        )
+        if not self.untrained:
+            return f"every schedule was trained, so the front is that of the space: {figures}"
+        return (
+            f"against a front on which all {self.untrained} schedules that were not trained are "
+            f"{self.confidence:g} standard deviations more accurate than the model of accuracy has them: "
+            f"{figures}. It is as good as that model, and no proof"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Candidate:
     """A schedule with what is known about it before it is trained, at its validated rounds."""
@@ -222,6 +280,37 @@ class Surrogate:
             self._process.predict(features(evaluation.schedule)[marks])[0] if marks else np.zeros(0)
         )
 
+    def certificate(self, confidence: float) -> Certificate:
+        """Return how far what is trained may be from the front of all schedules.
+
+        Those that were not trained count with an accuracy ``confidence`` standard deviations above the
+        model's, all at once; those that were, with the model's.
+
+        Raises
+        ------
+        DecisionError
+            If the space is too large to go through.
+        """
+        if not self._small:
+            raise DecisionError(
+                f"a space of at most {ENUMERABLE} genomes can be certified, this has "
+                f"{np.prod(self._planner.codec.cardinalities.astype(float)):.3g}; fewer "
+                "decisions.ranks, layer_states or phases make it smaller"
+            )
+        if self.reference is None:
+            self._measure()
+        self._learn()
+        rest = self._pool(0)
+        found = self._attained()
+        if not rest:
+            return Certificate.of(found, found, self._edges, untrained=0, confidence=confidence)
+        rows = np.concatenate([one.features for one in rest])
+        mean, std = self._process.predict(rows)
+        hoped = self._attained(
+            np.concatenate([one.curves for one in rest]), 1.0 - (mean + confidence * std)
+        )
+        return Certificate.of(found, hoped, self._edges, untrained=len(rest), confidence=confidence)
+
     def _measure(self) -> None:
         """Fix the corner and the cells that areas are measured in."""
         self.reference = Reference.of(self._planner, [done for _, done in self._done.values()])
@@ -249,14 +338,19 @@ class Surrogate:
             np.array(rows), np.array(values), search=search and len(self._done) & 3 == 0
         )
 
-    def _attained(self) -> Attained:
-        """Return what is attained by all that is trained, at the model's accuracies."""
+    def _attained(
+        self, more: FloatArray | None = None, more_errors: FloatArray | None = None
+    ) -> Attained:
+        """Return what is attained by all that is trained, at the model's accuracies, and by ``more``."""
         marks = np.array(self._marks)
         trained = self._known([schedule for schedule, _ in self._done.values()])
         reached = np.concatenate([marks <= len(done.rounds) for _, done in self._done.values()])
         curves = np.concatenate([one.curves for one in trained])
         errors = 1.0 - self._process.predict(np.concatenate([one.features for one in trained]))[0]
-        return Attained.of(curves[reached], errors[reached], self._edges, self._corner)
+        curves, errors = curves[reached], errors[reached]
+        if more is not None and more_errors is not None:
+            curves, errors = np.concatenate([curves, more]), np.concatenate([errors, more_errors])
+        return Attained.of(curves, errors, self._edges, self._corner)
 
     @property
     def _corner(self) -> tuple[float, float]:

@@ -48,6 +48,7 @@ class Workload:
             values = np.asarray(getattr(self, name))
             if values.dtype.kind not in "fiu" or not (np.isfinite(values) & (values > 0)).all():
                 raise DecisionError(f"workload.{name} must be positive and finite, got {values}")
+            object.__setattr__(self, name, values.astype(float))
 
     @classmethod
     def padded(cls, scenario: Scenario, *, classes: int) -> Workload:
@@ -114,10 +115,12 @@ class CostModel:
     """
 
     def __init__(self, scenario: Scenario, workload: Workload) -> None:
-        if workload.mean_tokens.shape != (len(scenario.devices),):
-            raise DecisionError(
-                f"workload must have {len(scenario.devices)} devices, got {workload.mean_tokens.shape}"
-            )
+        for name in ("mean_tokens", "mean_squared_tokens"):
+            shape = getattr(workload, name).shape
+            if shape != (len(scenario.devices),):
+                raise DecisionError(
+                    f"workload.{name} must have shape [{len(scenario.devices)}], got {list(shape)}"
+                )
         source = model_source(scenario.model.source, folder=scenario.folder)
         self.scenario, self.workload = scenario, workload
         self.architecture = Architecture.from_config(
@@ -155,7 +158,9 @@ class CostModel:
         participants to receive it. Energy is that of the devices; the base station's is not counted.
         """
         if gain.shape != demand.shape:
-            raise DecisionError(f"gain must have shape {demand.shape}, got {gain.shape}")
+            raise DecisionError(
+                f"gain must have shape {list(demand.shape)}, got {list(gain.shape)}"
+            )
         cell, devices = self.scenario.cell, self.scenario.devices
         broadcast_bps = rate_bps(
             bandwidth_hz=cell.downlink_bandwidth_hz,

@@ -149,6 +149,13 @@ def test_questions_that_make_no_sense_are_refused(planner: Planner) -> None:
     for points in (0, -1, 2.5):
         with pytest.raises(DecisionError, match="points must be a whole number of at least 2"):
             planner.curve(schedule, points=points)  # type: ignore[arg-type]
+    # the allocator's own refusals are errors of this package, too
+    with pytest.raises(DecisionError, match="price_of_time_w must be between"):
+        planner.plan(schedule, price_of_time_w=1e200)
+    with pytest.raises(DecisionError, match="delay_max_s must be finite, got inf"):
+        planner.plan(schedule, delay_max_s=np.inf)
+    with pytest.raises(DecisionError, match="round_s must be finite, got inf"):
+        planner.reallocate(schedule, 0, planner.gain[0], round_s=np.inf)
     with pytest.raises(DecisionError, match="schedule must be a Schedule or its text, got 7"):
         planner.curve(7)  # type: ignore[arg-type]
     with pytest.raises(DecisionError, match="must read like"):
@@ -173,6 +180,23 @@ def test_a_workload_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(DecisionError, match=message):
         replace(Workload.padded(small, classes=3), **values)
+
+
+@pytest.mark.parametrize("name", ["mean_tokens", "mean_squared_tokens"])
+def test_a_workload_of_other_devices_is_refused(small: Scenario, name: str) -> None:
+    short = replace(Workload.padded(small, classes=3), **{name: [9.0, 9.0]})
+    message = rf"workload.{name} must have shape \[3\], got \[2\]"
+    with pytest.raises(DecisionError, match=message):
+        Planner(small, short)
+
+
+def test_plans_and_curves_say_in_one_line_what_they_are(planner: Planner) -> None:
+    plan = planner.plan("3x4:aaa", price_of_time_w=1.0)
+    assert repr(plan).startswith(
+        f"Plan(3x4:aaa: {plan.energy_j:.4g} J, {plan.delay_s:.4g} s at 1 W;"
+    )
+    assert repr(plan).endswith(f"{plan.allocation!r})")
+    assert repr(planner.curve("3x4:aaa")).startswith("Curve(3 rounds x 5 points; after all rounds ")
 
 
 def test_a_deadline_that_does_not_bind_costs_the_least_energy(planner: Planner) -> None:

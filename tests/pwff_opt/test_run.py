@@ -40,7 +40,7 @@ def scenario_file(small_text: str, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def finished(scenario_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("run") / "whole"
-    done = pwff_opt("front", scenario_file, "--out", out, "--trainings", TRAININGS)
+    done = pwff_opt("front", scenario_file, "--out", out, "--trainings", TRAININGS, "--confirm", 0)
     return out, done.stdout
 
 
@@ -74,7 +74,9 @@ def test_show_and_a_second_run_are_quick_and_change_nothing(
     out, printed = finished
     before = (out / "front.csv").read_bytes()
     assert pwff_opt("show", out).stdout in printed
-    again = pwff_opt("front", scenario_file, "--out", out, "--trainings", TRAININGS).stdout
+    again = pwff_opt(
+        "front", scenario_file, "--out", out, "--trainings", TRAININGS, "--confirm", 0
+    ).stdout
     assert f"(0 now, {TRAININGS} from the journal)" in again
     assert (out / "front.csv").read_bytes() == before
 
@@ -85,7 +87,16 @@ def test_killed_at_any_moment_it_ends_at_the_same_front(
 ) -> None:
     """Kill -9 when so many checkpoints are there, then let it end: same bytes, nothing trained twice."""
     out = tmp_path / "killed"
-    command = ["front", str(scenario_file), "--out", str(out), "--trainings", str(TRAININGS)]
+    command = [
+        "front",
+        str(scenario_file),
+        "--out",
+        str(out),
+        "--trainings",
+        str(TRAININGS),
+        "--confirm",
+        "0",
+    ]
     for kill in range(kills):
         process = subprocess.Popen(
             [*COMMAND, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -120,7 +131,7 @@ def test_lost_tables_are_made_again_from_checkpoints(
     out = tmp_path / "lost"
     shutil.copytree(finished[0], out)
     (out / "rounds.parquet").unlink()
-    pwff_opt("front", scenario_file, "--out", out, "--trainings", TRAININGS)
+    pwff_opt("front", scenario_file, "--out", out, "--trainings", TRAININGS, "--confirm", 0)
     assert (out / "front.csv").read_bytes() == (finished[0] / "front.csv").read_bytes()
     assert pd.read_parquet(out / "rounds.parquet").equals(
         pd.read_parquet(finished[0] / "rounds.parquet")
@@ -230,3 +241,32 @@ def test_damaged_files_are_named(tmp_path: Path, small_text: str) -> None:
     (folder.path / "evaluations.parquet").write_bytes(b"x")
     with pytest.raises(RunError, match=r"evaluations\.parquet is damaged"):
         folder.table("evaluations.parquet")
+
+
+def test_a_front_is_confirmed_and_certified(
+    finished: tuple[Path, str], scenario_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "confirmed"
+    shutil.copytree(finished[0], out)
+    command = ["front", scenario_file, "--out", out, "--trainings", TRAININGS, "--confirm", 2]
+    printed = pwff_opt(*command).stdout
+    assert "fresh seeds: mean test accuracy of trainings that chose nothing" in printed
+    front, before = pd.read_csv(out / "front.csv"), pd.read_csv(finished[0] / "front.csv")
+    assert front[before.columns].equals(before), "confirmation chooses nothing"
+    assert front["accuracy_confirmed"].between(0, 1).all()
+    assert front["probability_nondominated"].between(0, 1).all()
+    seeds = pd.read_parquet(out / "evaluations.parquet").groupby("seed").size()
+    schedules = front["schedule"].nunique()
+    assert seeds.to_dict() == {1: TRAININGS, 2: schedules, 3: schedules}
+    kept = (out / "front.csv").read_bytes()
+    pwff_opt(*command)
+    assert (out / "front.csv").read_bytes() == kept
+    assert "hypervolume ratio" in pwff_opt("certify", out).stdout
+    assert "has no workload" in refused("certify", _without_workload(out))
+
+
+def _without_workload(run: Path) -> Path:
+    info = json.loads((run / "run.json").read_text())
+    del info["workload"]
+    (run / "run.json").write_text(json.dumps(info))
+    return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pwff_opt.scenario_io import (
     parse_scenario,
     read_scenario,
     resolved,
+    scenario_text,
 )
 
 GOOD = """
@@ -41,6 +43,13 @@ def problems_of(text: str) -> tuple[str, ...]:
 def test_built_in_scenarios_are_good_and_survive_json(name: str) -> None:
     scenario = read_scenario(name)
     assert from_resolved(resolved(scenario)) == scenario
+
+
+def test_examples_in_comments_of_the_template_are_good() -> None:
+    text, _ = scenario_text("hutto")
+    used = parse_scenario(re.sub(r"^# (\[|\w+ = )", r"\1", text, flags=re.MULTILINE))
+    assert used.thresholds.delay_max_s == 120.0
+    assert used.devices[0].distance_m == 120.0
 
 
 def test_every_problem_is_reported_at_once() -> None:
@@ -209,6 +218,17 @@ def test_noise_needs_factors_of_one_rank_only_where_they_are_sent() -> None:
             "devices.frequency_min_hz must be a",
         ),
         ("[model]", "[[device]]\nindex = 1\n[model]", "devices[0].index is not a known key"),
+        ("[model]", "[[device]]\nkappa = 0\n[model]", "devices[0].kappa must be greater than 0"),
+        ("frequency_min_hz = 1e8", "kappa = nan", "devices.kappa must be finite, got nan"),
+        ("count = 3", "count = 0", "devices.count must be a whole number of at least 1"),
+        # what is left out altogether is missing once, not once a device
+        ("distance_m = { disc = [50, 300] }", "", "devices.distance_m is required, and missing"),
+        # nor does the least frequency exceed a largest one that could not be read
+        (
+            "{ uniform = [1e9, 2e9] }",
+            "{ uniform = [2e9, 1e9] }",
+            "devices.frequency_max_hz.uniform",
+        ),
     ],
 )
 def test_a_mistake_is_one_problem(small_text: str, old: str, new: str, problem: str) -> None:

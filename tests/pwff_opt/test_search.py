@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pwff_opt import Evaluation, Planner, Scenario, Schedule, TrainedRound, Workload
+from pwff_opt.errors import DecisionError
 from pwff_opt.search import Reference, Surrogate, features
 
 
@@ -148,3 +149,57 @@ def test_features_are_of_prefixes() -> None:
         np.testing.assert_array_equal(features(schedule.prefix(rounds)), whole[:rounds])
     np.testing.assert_allclose(whole[0] * 3, [0, np.log2(5), 1, 1, 1])
     assert features(Schedule.parse("1x4:fff", devices=3))[0].tolist() == [0, 0, 0, 0, 0]
+
+
+def exact(planner: Planner) -> tuple[Surrogate, list[Schedule]]:
+    """A search that was told everything."""
+    search, schedules = Surrogate(planner), []
+    while (schedule := search.ask()) is not None:
+        search.tell(schedule, answer(schedule, learned))
+        schedules.append(schedule)
+    return search, schedules
+
+
+def test_a_certificate_of_everything_is_one(planner: Planner) -> None:
+    search, _ = exact(planner)
+    certificate = search.certificate(2.0)
+    assert certificate.untrained == 0
+    assert certificate.hypervolume_ratio == 1.0
+    assert certificate.epsilon_additive == 0.0
+    assert certificate.igd_plus == 0.0
+    assert "every schedule was trained" in certificate.sentence
+
+
+def test_a_certificate_bounds_the_front_of_the_space(planner: Planner) -> None:
+    """What is hoped for is at least what there is, and with more trainings it comes near."""
+    _, schedules = exact(planner)
+    ratios = []
+    for count in (8, 16, 40):
+        search, asked = course(planner, count)
+        certificate = search.certificate(2.0)
+        assert certificate.untrained == len(schedules) - count
+        found = search._attained().hypervolume
+        for schedule in schedules:
+            if str(schedule) not in asked:
+                search.tell(schedule, answer(schedule, learned))
+        search._process = _Truth()  # type: ignore[assignment]
+        assert found / certificate.hypervolume_ratio >= 0.995 * search._attained().hypervolume
+        ratios.append(certificate.hypervolume_ratio)
+    assert ratios == sorted(ratios)
+    assert ratios[-1] > 0.95
+
+
+class _Truth:
+    """A model that knows: the inverse of ``features`` and ``learned`` where decisions do not change."""
+
+    def predict(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        log_rounds, log_rank, _, trained, _ = 3.0 * rows.T
+        effort = 2.0**log_rounds * trained * (1 + log_rank)
+        return 0.4 + 0.5 * (1 - np.exp(-0.08 * effort)), np.zeros(len(rows))
+
+
+def test_large_spaces_are_not_certified(small: Scenario) -> None:
+    large = replace(small, decisions=replace(small.decisions, phases=3))
+    search = Surrogate(Planner(large, Workload.padded(large, classes=3)))
+    with pytest.raises(DecisionError, match="at most 20000 genomes can be certified, this has"):
+        search.certificate(2.0)

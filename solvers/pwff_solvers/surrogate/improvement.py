@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from pwff_solvers.front import nondominated
+
 FloatArray = NDArray[np.float64]
 
 _CHUNK = 2_000_000
@@ -87,6 +89,14 @@ class Attained:
         heights = np.diff(self.levels)
         areas = (self.reference - self.least[1:]) @ self.width
         return float(areas @ heights)
+
+    def points(self, edges: FloatArray) -> FloatArray:
+        """Return the corners of what is attained, [point, (x, y, error)], none dominated."""
+        level, cell = np.nonzero(self.least[1:] < self.reference)
+        corners = np.column_stack(
+            [edges[cell], self.least[1:][level, cell], self.levels[:-1][level]]
+        )
+        return corners[nondominated(corners)]
 
 
 def expected_improvement(
