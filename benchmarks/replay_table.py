@@ -76,7 +76,7 @@ def trained(scenario: Scenario, folder: Path) -> tuple[pd.DataFrame, dict[str, A
                         (scenario.seeds.training, str(schedule), mark, device, seen, unseen)
                     )
             done = number + 1 - before
-            if done > 0 and sys.stdout.isatty() or number % 20 == 19:
+            if (done > 0 and sys.stdout.isatty()) or number % 20 == 19:
                 rate = max(done, 1) / (time.perf_counter() - start)
                 left = (len(schedules) - number - 1) / rate / 60
                 print(f"seed {scenario.seeds.training}: {number + 1}/{len(schedules)}, "
