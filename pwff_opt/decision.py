@@ -205,7 +205,7 @@ class Codec:
         return [len(part) for part in np.array_split(np.arange(self.rounds), self.space.phases)]
 
     def decode(self, genome: NDArray[np.integer]) -> Schedule:
-        """Return the schedule of a genome [gene]."""
+        """Return the canonical schedule of a genome [gene]."""
         cardinalities = self.cardinalities
         if genome.shape != cardinalities.shape:
             raise DecisionError(f"genome must have {len(cardinalities)} genes, got {genome.shape}")
@@ -215,18 +215,20 @@ class Codec:
             raise DecisionError(
                 f"genome[{gene}] must be in 0..{cardinalities[gene] - 1}, got {genome[gene]}"
             )
-        alphabet, rounds = self._states, list[RoundDecision]()
+        alphabet, rounds, present = self._states, list[RoundDecision](), False
         phases = genome.reshape(self.space.phases, -1).tolist()
         for part, length in zip(phases, self._phase_lengths, strict=True):
-            ranks = tuple(self.space.ranks[gene] for gene in part[: self._rank_genes])
-            if self._rank_genes == 1:
-                ranks *= self.devices
             depth = part[self._rank_genes] if self._freezes else self.layers
             states = (LayerState.FROZEN,) * (self.layers - depth) + tuple(
                 alphabet[gene] for gene in part[-depth:] if depth
             )
+            present = present or any(state is not LayerState.FROZEN for state in states)
+            # canonical: no layer with blocks, no rank
+            ranks = tuple(self.space.ranks[gene] * present for gene in part[: self._rank_genes])
+            if self._rank_genes == 1:
+                ranks *= self.devices
             rounds += [RoundDecision(ranks=ranks, states=states)] * length
-        return Schedule(rounds=tuple(rounds)).canonical()
+        return Schedule(rounds=tuple(rounds))
 
     def normalised(self, genomes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return genomes [genome, gene] with idle genes 0: those of layers below the depth."""

@@ -31,7 +31,7 @@ Genome = NDArray[np.int64]
 
 CELLS = 64
 """Of log energy, in which areas of the energy-delay plane are measured."""
-ENUMERABLE = 20_000
+ENUMERABLE = 30_000
 """Genomes: up to so many, every schedule is a candidate; beyond, an evolution proposes them."""
 EVOLUTION = (50, 8)
 """Population and generations of that evolution, which costs no training."""

@@ -39,6 +39,7 @@ def test_genomes_and_texts_give_the_schedule_back(codec: Codec, seed: int) -> No
     genome = np.random.default_rng(seed).integers(0, codec.cardinalities)
     schedule = codec.decode(genome)
     assert len(schedule) == codec.rounds
+    assert schedule == schedule.canonical()
     assert codec.decode(codec.encode(schedule)) == schedule
     assert Schedule.parse(str(schedule), devices=codec.devices) == schedule
     assert len(set(schedule.rounds)) <= codec.space.phases

@@ -220,6 +220,12 @@ def test_schedules_are_made_to_fit_the_memory(small: Scenario) -> None:
         assert tight.costs.demand(fitting).memory_byte.max() <= limit
         assert (fitting == schedule) == (limit >= most)
         tight.codec.encode(fitting)
+    # The limit on ranks is common to all decisions; what is below it stays.
+    expected = Schedule.parse("1x0:ffa 2x2:aaa", devices=3)
+    limit = float(free.costs.demand(expected).memory_byte.max())
+    devices = tuple(replace(device, memory_byte=limit) for device in small.devices)
+    tight = Planner(replace(small, devices=devices), Workload.padded(small, classes=3))
+    assert tight.repaired(Schedule.parse("1x0:ffa 2x4:aaa", devices=3)) == expected
     # Two schedules that come down to the same thing are one: the rank of no LoRA is 0.
     high = replace(small.decisions, ranks=(2, 4))
     devices = tuple(replace(device, memory_byte=float(least)) for device in small.devices)

@@ -201,5 +201,5 @@ class _Truth:
 def test_large_spaces_are_not_certified(small: Scenario) -> None:
     large = replace(small, decisions=replace(small.decisions, phases=3))
     search = Surrogate(Planner(large, Workload.padded(large, classes=3)))
-    with pytest.raises(DecisionError, match="at most 20000 genomes can be certified, this has"):
+    with pytest.raises(DecisionError, match="at most 30000 genomes can be certified, this has"):
         search.certificate(2.0)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from itertools import product
 
+import moocore
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pwff_solvers.evolution import SetSearch
-from pwff_solvers.evolution.nsga2 import rank_sets
-from pwff_solvers.evolution.operators import StepMutation, UniformCrossover
+from pwff_solvers.evolution import SetSearch, contribution, crossed, mutated
+from pwff_solvers.evolution.contribution import Contributions
+from pwff_solvers.evolution.nsga2 import rank_sets, survivors
 from pwff_solvers.front import hypervolume
 
 CARDINALITIES = np.array([4, 5, 3, 3, 3, 3])
@@ -57,6 +58,87 @@ def test_finds_the_enumerated_front_with_a_tenth_of_its_evaluations() -> None:
         random = np.random.default_rng(100 + seed).integers(0, CARDINALITIES, (160, 6))
         assert ratios[-1] > hypervolume(np.concatenate([*map(curve, random)]), reference) / exact
     assert min(ratios) > 0.98
+
+
+def test_nearly_attains_the_enumerated_front_within_a_third_of_the_space() -> None:
+    reference = np.array([4.0, 4.0, 1.1])
+    everything = [curve(np.array(genome)) for genome in product(*map(range, CARDINALITIES))]
+    exact = hypervolume(np.concatenate(everything), reference)
+    for seed in range(3):
+        genomes = asked(seed, len(everything) // 3 // 8)
+        assert len(genomes) <= len(everything) / 3
+        found = hypervolume(np.concatenate([*map(curve, genomes)]), reference)
+        assert found >= 0.995 * exact
+
+
+def test_every_genome_is_keyed_once() -> None:
+    keyed: list[tuple[int, ...]] = []
+
+    def key(genome: np.ndarray) -> int:
+        keyed.append(tuple(genome.tolist()))
+        return int(genome[0])
+
+    initial = np.array([[0, 0], [1, 0], [2, 0]])
+    search = SetSearch(np.array([5, 3]), np.full(2, True), initial, key=key, seed=0)
+    genes = []
+    while len(new := search.ask()):
+        genes += new[:, 0].tolist()
+        search.tell([genome[None].astype(float) for genome in new])
+    assert sorted(genes) == list(range(5))
+    assert len(set(keyed)) == len(keyed) == 15
+
+
+def lost(points: np.ndarray, owner: np.ndarray, kept: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    """Return the hypervolume lost without each owner [owner], 0 for owners not kept."""
+    there = kept[owner]
+    whole = hypervolume(points[there], corner)
+    rest = [hypervolume(points[there & (owner != one)], corner) for one in range(len(kept))]
+    return np.where(kept, whole - np.array(rest), 0.0)
+
+
+@pytest.mark.parametrize("swept", [True, False])
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+@given(data=st.data())
+def test_contributions_are_differences_of_hypervolumes(
+    swept: bool, objectives: int, data: st.DataObject
+) -> None:
+    count, owners = data.draw(st.integers(0, 30)), data.draw(st.integers(1, 6))
+    grid = arrays(float, (count, objectives), elements=st.integers(0, 6))  # many ties
+    even = arrays(float, (count, objectives), elements=st.floats(0.0, 6.0))
+    points = data.draw(st.one_of(grid, even))
+    owner = data.draw(arrays(np.int64, count, elements=st.integers(0, owners - 1)))
+    kept = data.draw(arrays(bool, owners))
+    corner = np.full(objectives, 5.5)  # some points lie beyond
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contribution, "COMPILED", swept)
+        found = Contributions(points, owner, owners, corner).of(kept)
+    np.testing.assert_allclose(found, lost(points, owner, kept, corner), atol=1e-9)
+
+
+@pytest.mark.parametrize("swept", [True, False])
+@given(st.integers(0, 2**32 - 1), st.integers(2, 3), st.integers(1, 12))
+@settings(max_examples=30, deadline=None)
+def test_the_last_rank_is_thinned_one_by_one(
+    swept: bool, seed: int, objectives: int, count: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    sets = [rng.random((rng.integers(0, 5), objectives)) for _ in range(12)]
+    sets += sets[:2]  # of two alike neither adds anything, and yet one must stay
+    sizes = [len(own) for own in sets]
+    points, owner = np.concatenate(sets), np.repeat(np.arange(len(sets)), sizes)
+    scaled = (points - points.min(axis=0)) / np.ptp(points, axis=0)
+    levels = moocore.pareto_rank(scaled)
+    ranks, _ = rank_sets(sets)
+    kept = np.full(len(sets), True)
+    while kept.sum() > count:
+        last = np.flatnonzero(kept & (ranks == ranks[kept].max()))
+        level = levels == ranks[last[0]]
+        worth = lost(scaled[level], owner[level], kept, np.full(objectives, 1.1)).round(12)
+        kept[last[worth[last].argmin()]] = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contribution, "COMPILED", swept)
+        found, _, _ = survivors(sets, count)
+    assert found.tolist() == np.flatnonzero(kept).tolist()
 
 
 def test_never_asks_twice_and_repeats_itself_exactly() -> None:
@@ -139,12 +221,12 @@ def test_rank_is_that_of_the_best_point(sets: list[np.ndarray]) -> None:
 def test_operators_stay_in_bounds_and_step() -> None:
     rng = np.random.default_rng(0)
     genomes = rng.integers(0, CARDINALITIES, (2000, 6))
-    mutated = StepMutation(CARDINALITIES, ORDINAL)._do(None, genomes, random_state=rng)
-    assert ((mutated >= 0) & (mutated < CARDINALITIES)).all()
-    assert (np.abs(mutated - genomes)[:, ORDINAL] <= 1).all()
-    assert 0.7 < (mutated != genomes).sum(axis=1).mean() < 1.3
+    changed = mutated(genomes, CARDINALITIES, ORDINAL, rng)
+    assert ((changed >= 0) & (changed < CARDINALITIES)).all()
+    assert (np.abs(changed - genomes)[:, ORDINAL] <= 1).all()
+    assert 0.7 < (changed != genomes).sum(axis=1).mean() < 1.3
     parents = np.stack([np.zeros((500, 6), int), np.ones((500, 6), int)])
-    children = UniformCrossover()._do(None, parents, random_state=rng)
+    children = crossed(parents, rng)
     assert (children[0] + children[1] == 1).all()
     assert children[0].mean() == pytest.approx(0.5, abs=0.05)
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import moocore
 import numpy as np
 from numpy.typing import NDArray
-from pymoo.algorithms.moo.nsga2 import NSGA2, binary_tournament
-from pymoo.core.duplicate import DuplicateElimination
+from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.core.infill import InfillCriterion
 from pymoo.core.population import Population
 from pymoo.core.problem import Problem
 from pymoo.core.survival import Survival
 from pymoo.core.termination import NoTermination
-from pymoo.operators.selection.tournament import TournamentSelection
 
-from pwff_solvers.evolution.operators import StepMutation, UniformCrossover
-from pwff_solvers.front import hypervolume
+from pwff_solvers.evolution.contribution import Contributions
+from pwff_solvers.evolution.operators import crossed, mutated
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -26,6 +25,10 @@ FloatArray = NDArray[np.float64]
 
 ENUMERABLE = 10_000
 """Spaces up to this size are searched to the last genome."""
+CROSSED = 0.9
+"""Share of pairs of parents that are crossed; the children of the others are only mutated."""
+BROODS = 20
+"""Of children, each as large as the population, in search of enough that were not asked before."""
 
 
 class SetSearch:
@@ -45,7 +48,7 @@ class SetSearch:
     initial : [individual, gene]
         The first generation; its size is the population's.
     key : callable
-        From genome to what identifies it: no key is ever asked for twice.
+        From genome to what identifies it: no key is ever asked for twice. It is called once a genome.
     seed : int
         Same seed and same answers, same questions.
     """
@@ -65,23 +68,19 @@ class SetSearch:
             )
         if ((initial < 0) | (initial >= cardinalities)).any():
             raise ValueError("initial must hold genes between 0 and cardinalities - 1")
-        self._key, self._cardinalities = key, cardinalities
-        self._rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
-        self._asked: set[Hashable] = set()
-        problem = Problem(n_var=len(cardinalities), n_obj=1, xl=0, xu=cardinalities - 1, vtype=int)
+        size = max(2, len(initial))  # two parents are needed to mate
+        unasked = _Unasked(cardinalities, ordinal, key, np.random.default_rng(seed))
         self._algorithm = NSGA2(
-            pop_size=max(2, len(initial)),  # two parents are needed to mate
-            sampling=initial,
-            selection=TournamentSelection(func_comp=binary_tournament),
-            crossover=UniformCrossover(),
-            mutation=StepMutation(cardinalities, ordinal),
+            pop_size=size,
+            sampling=unasked.first(initial, size),
+            mating=unasked,
             survival=_SetSurvival(),
-            eliminate_duplicates=_Unasked(self._asked, key),
+            eliminate_duplicates=False,
             seed=seed,
         )
+        problem = Problem(n_var=len(cardinalities), n_obj=1, xl=0, xu=cardinalities - 1, vtype=int)
         self._algorithm.setup(problem, termination=NoTermination())
-        # An individual has no single F: parents are compared by the rank and crowding we set.
-        self._algorithm.tournament_type = "comp_by_rank_and_crowding"
+        self._genes = len(cardinalities)
         self._pending: Any = None
 
     def ask(self) -> IntArray:
@@ -93,30 +92,7 @@ class SetSearch:
         self._pending = self._algorithm.ask()
         if self._pending is None:
             self._pending = Population.empty()
-        missing = self._algorithm.pop_size - len(self._pending)
-        if missing > 0:
-            fresh = self._fresh(missing, {self._key(genome) for genome in self._pending.get("X")})
-            self._pending = Population.merge(self._pending, Population.new("X", fresh))
-        if not len(self._pending):
-            return np.zeros((0, len(self._cardinalities)), dtype=np.int64)
-        genomes = np.asarray(self._pending.get("X"), dtype=np.int64)
-        self._asked.update(self._key(genome) for genome in genomes)
-        return genomes
-
-    def _fresh(self, count: int, pending: set[Hashable]) -> IntArray:
-        """Return up to ``count`` genomes that were not asked and are not pending."""
-        known, found = self._asked | pending, []
-        drawn = self._rng.integers(0, self._cardinalities, (100 * count, len(self._cardinalities)))
-        size = float(np.prod(self._cardinalities.astype(float)))
-        candidates = chain(drawn, np.ndindex(*self._cardinalities) if size <= ENUMERABLE else ())
-        for candidate in candidates:
-            genome = np.array(candidate, dtype=np.int64)
-            if self._key(genome) not in known:
-                known.add(self._key(genome))
-                found.append(genome)
-                if len(found) == count:
-                    break
-        return np.array(found, dtype=np.int64).reshape(-1, len(self._cardinalities))
+        return np.asarray(self._pending.get("X"), dtype=np.int64).reshape(-1, self._genes)
 
     def tell(self, points: Sequence[FloatArray]) -> None:
         """Answer the last question: for every genome its points [point, objective].
@@ -133,6 +109,69 @@ class SetSearch:
         self._pending = None
 
 
+class _Unasked(InfillCriterion):  # type: ignore[misc]
+    """Finds genomes whose key was not asked: children first, then random ones, at last any."""
+
+    def __init__(
+        self,
+        cardinalities: IntArray,
+        ordinal: NDArray[np.bool_],
+        key: Callable[[IntArray], Hashable],
+        rng: np.random.Generator,
+    ) -> None:
+        super().__init__()
+        self._cardinalities, self._ordinal, self._rng = cardinalities, ordinal, rng
+        self._identify = key
+        self._keys: dict[bytes, Hashable] = {}
+        self._asked: set[Hashable] = set()
+
+    def do(self, problem: Any, pop: Any, n_offsprings: int, *args: Any, **kwargs: Any) -> Any:
+        children = self._children(*pop.get("X", "rank", "crowding"))
+        return Population.new("X", self.first(children, n_offsprings))
+
+    def first(self, wanted: Iterable[IntArray], count: int) -> IntArray:
+        """Return the first ``count`` new genomes, ``wanted`` ones before others; they are now asked."""
+        found: dict[Hashable, IntArray] = {}
+        for genome in chain(wanted, self._others(count)):
+            key = self._key(genome)
+            if key not in self._asked:
+                found.setdefault(key, genome)
+            if len(found) == count:
+                break
+        self._asked.update(found)
+        genomes = np.array(list(found.values()), dtype=np.int64)
+        return genomes.reshape(-1, len(self._cardinalities))
+
+    def _key(self, genome: IntArray) -> Hashable:
+        """Return the key of a genome; most are met many times."""
+        name = genome.tobytes()
+        if name not in self._keys:
+            self._keys[name] = self._identify(genome)
+        return self._keys[name]
+
+    def _children(
+        self, genomes: IntArray, rank: IntArray, crowding: FloatArray
+    ) -> Iterator[IntArray]:
+        """Breed winners of tournaments of two, by rank, then crowding, then chance."""
+        rng, count = self._rng, len(genomes)
+        for _ in range(BROODS):
+            place = np.empty(count, dtype=np.int64)
+            place[np.lexsort((rng.random(count), -crowding, rank))] = np.arange(count)
+            rivals = np.concatenate([rng.permutation(count) for _ in range(2)]).reshape(-1, 2)
+            best = rivals[np.arange(count), place[rivals].argmin(axis=1)]
+            pairs = genomes[best[: count // 2 * 2].reshape(2, -1)]
+            cross = rng.random((pairs.shape[1], 1)) < CROSSED
+            children = np.concatenate(np.where(cross, crossed(pairs, rng), pairs))
+            yield from mutated(children, self._cardinalities, self._ordinal, rng)
+
+    def _others(self, count: int) -> Iterator[IntArray]:
+        """Draw random genomes; where the space is small, go through it then."""
+        genes = len(self._cardinalities)
+        yield from self._rng.integers(0, self._cardinalities, (100 * count, genes))
+        if np.prod(self._cardinalities.astype(float)) <= ENUMERABLE:
+            yield from map(np.array, np.ndindex(*self._cardinalities))
+
+
 class _SetSurvival(Survival):  # type: ignore[misc]
     """Keep the individuals of best rank; from the last rank that fits, drop the least one by one.
 
@@ -146,19 +185,42 @@ class _SetSurvival(Survival):  # type: ignore[misc]
     def _do(
         self, problem: Any, pop: Any, *args: Any, n_survive: int | None = None, **kwargs: Any
     ) -> Any:
-        kept = np.arange(len(pop))
-        while True:
-            ranks, contributions = rank_sets([pop[index].get("points") for index in kept])
-            excess = len(kept) - (len(pop) if n_survive is None else n_survive)
-            if excess <= 0:
-                break
-            last = np.flatnonzero(ranks == ranks.max())
-            least = last if len(last) <= excess else last[[contributions[last].argmin()]]
-            kept = np.delete(kept, least)
-        for index, rank, contribution in zip(kept, ranks, contributions, strict=True):
-            pop[index].set("rank", rank)
-            pop[index].set("crowding", contribution)
+        sets = [individual.get("points") for individual in pop]
+        kept, ranks, contributions = survivors(sets, len(pop) if n_survive is None else n_survive)
+        for index in kept:
+            pop[index].set("rank", ranks[index])
+            pop[index].set("crowding", contributions[index])
         return pop[kept]
+
+
+def survivors(sets: Sequence[FloatArray], count: int) -> tuple[IntArray, IntArray, FloatArray]:
+    """Return the indices of the ``count`` sets of points to keep, and ranks and contributions of all.
+
+    Ranks, and the scale that contributions are measured in, are those among all the sets;
+    contributions are what the sets kept lose without one of them, 0 for those dropped.
+    """
+    owner = np.repeat(np.arange(len(sets)), [len(own) for own in sets])
+    points = np.concatenate([own for own in sets if len(own)] or [np.zeros((1, 2))])[: len(owner)]
+    ranks, point_ranks = np.full(len(sets), np.iinfo(np.int64).max), np.zeros(0, dtype=np.int64)
+    if len(points):
+        spread = np.ptp(points, axis=0)
+        points = (points - points.min(axis=0)) / np.where(spread > 0, spread, 1.0)
+        point_ranks = moocore.pareto_rank(points)
+        np.minimum.at(ranks, owner, point_ranks)
+    reference = np.full(points.shape[1], 1.1)
+    kept, contributions = np.full(len(sets), True), np.zeros(len(sets))
+    for rank in np.unique(ranks)[::-1]:  # the last one first
+        own, excess = np.flatnonzero(ranks == rank), int(kept.sum()) - count
+        if excess >= len(own):
+            kept[own] = False
+            continue
+        level = point_ranks == rank
+        volumes = Contributions(points[level], owner[level], len(sets), reference)
+        for _ in range(excess):
+            left = own[kept[own]]
+            kept[left[volumes.of(kept)[left].argmin()]] = False
+        contributions[own] = volumes.of(kept)[own]
+    return np.flatnonzero(kept), ranks, contributions
 
 
 def rank_sets(sets: Sequence[FloatArray]) -> tuple[IntArray, FloatArray]:
@@ -167,44 +229,5 @@ def rank_sets(sets: Sequence[FloatArray]) -> tuple[IntArray, FloatArray]:
     Empty sets rank last. Contributions are measured within the points of one rank, in objectives
     normalised over all points, with the reference 10 % beyond the worst.
     """
-    owner = np.repeat(np.arange(len(sets)), [len(points) for points in sets])
-    ranks = np.full(len(sets), np.iinfo(np.int64).max)
-    contributions = np.zeros(len(sets))
-    if not len(owner):
-        return ranks, contributions
-    points = np.concatenate([points for points in sets if len(points)])
-    spread = np.ptp(points, axis=0)
-    points = (points - points.min(axis=0)) / np.where(spread > 0, spread, 1.0)
-    reference = np.full(points.shape[1], 1.1)
-    point_ranks = moocore.pareto_rank(points)
-    np.minimum.at(ranks, owner, point_ranks)
-    for rank in np.unique(ranks[np.isin(np.arange(len(sets)), owner)]):
-        level = point_ranks == rank
-        whole = hypervolume(points[level], reference)
-        for index in np.flatnonzero(ranks == rank):
-            contributions[index] = whole - hypervolume(points[level & (owner != index)], reference)
+    _, ranks, contributions = survivors(sets, len(sets))
     return ranks, contributions
-
-
-class _Unasked(DuplicateElimination):  # type: ignore[misc]
-    """Drops genomes whose key was asked before, in this generation or any earlier one."""
-
-    def __init__(self, asked: set[Hashable], key: Callable[[IntArray], Hashable]) -> None:
-        super().__init__()
-        self._asked, self._identify = asked, key
-
-    def do(
-        self, pop: Any, *others: Any, return_indices: bool = False, to_itself: bool = True
-    ) -> Any:
-        del to_itself  # always
-        keys = {self._identify(np.asarray(x)) for other in others for x in other.get("X")}
-        kept = []
-        for index, genome in enumerate(pop.get("X")):
-            key = self._identify(np.asarray(genome))
-            if key not in self._asked and key not in keys:
-                kept.append(index)
-                keys.add(key)
-        result = pop[kept] if kept else Population.empty()
-        if return_indices:
-            return result, kept, [i for i in range(len(pop)) if i not in set(kept)]
-        return result

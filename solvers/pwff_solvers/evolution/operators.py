@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
-from pymoo.core.crossover import Crossover
-from pymoo.core.mutation import Mutation
 
 IntArray = NDArray[np.int64]
 
@@ -33,38 +29,3 @@ def mutated(
     return np.asarray(
         np.where(change, np.where(ordinal, genomes + step, other % cardinalities), genomes)
     )
-
-
-class UniformCrossover(Crossover):  # type: ignore[misc]
-    """:func:`crossed`, for nine pairs in ten."""
-
-    def __init__(self) -> None:
-        super().__init__(n_parents=2, n_offsprings=2, prob=0.9)
-
-    def _do(
-        self,
-        problem: Any,
-        X: IntArray,
-        *args: Any,
-        random_state: np.random.Generator,
-        **kwargs: Any,
-    ) -> IntArray:
-        return crossed(X, random_state)
-
-
-class StepMutation(Mutation):  # type: ignore[misc]
-    """:func:`mutated`."""
-
-    def __init__(self, cardinalities: IntArray, ordinal: NDArray[np.bool_]) -> None:
-        super().__init__()
-        self._cardinalities, self._ordinal = cardinalities, ordinal
-
-    def _do(
-        self,
-        problem: Any,
-        X: IntArray,
-        *args: Any,
-        random_state: np.random.Generator,
-        **kwargs: Any,
-    ) -> IntArray:
-        return mutated(X, self._cardinalities, self._ordinal, random_state)

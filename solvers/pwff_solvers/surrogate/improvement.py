@@ -123,7 +123,7 @@ def expected_improvement(
     cuts below a level z are nested, those with the largest :math:`(z-\mu_m)/s_m` first, and the
     integral is again a sum of :math:`\psi`, exact where that order does not change within a level.
     """
-    count, cuts, cells = curves.shape
+    count, _, cells = curves.shape
     levels = len(attained.levels)
     gains = np.empty(count)
     size = max(1, _CHUNK // (levels * cells))
