@@ -450,11 +450,12 @@ class Evolution:
     def __init__(self, planner: Planner) -> None:
         self.reference: Reference | None = None
         self._planner = planner
+        self._texts: dict[bytes, str] = {}
         self._search = SetSearch(
             planner.codec.cardinalities,
             planner.codec.ordinal,
             planner.first_generation(),
-            key=lambda genome: str(planner.repaired(planner.codec.decode(genome))),
+            key=self._text,
             seed=planner.scenario.seeds.search,
         )
         self._waiting: deque[Schedule] = deque()
@@ -470,6 +471,14 @@ class Evolution:
                 for genome in self._search.ask()
             )
         return self._waiting.popleft() if self._waiting else None
+
+    def _text(self, genome: Genome) -> str:
+        """Return the schedule that a genome comes down to."""
+        codec = self._planner.codec
+        key = codec.normalised(genome[None]).tobytes()
+        if key not in self._texts:
+            self._texts[key] = str(self._planner.repaired(codec.decode(genome)))
+        return self._texts[key]
 
     def tell(self, schedule: Schedule, evaluation: Evaluation) -> None:
         table = candidates(
