@@ -225,6 +225,11 @@ def _report(run: RunFolder, found: Front, journal: Journal, trainings: int) -> N
     )
     if len(found.evaluations) < trainings:
         console.print(f"that is fewer than the {trainings} asked for: there are no other schedules")
+    spared = found.rounds_asked - found.rounds_trained
+    if spared:
+        console.print(
+            f"{spared} of {found.rounds_asked} rounds spared: shared with other schedules, or after an early stop"
+        )
     if found.reference is not None:
         console.print(found.reference.sentence)
     for entry in failed:

@@ -75,7 +75,7 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
     """
     everything = resolved(scenario)
     training = dict(everything["training"])
-    for irrelevant in ("rounds", "feature_cache_byte"):
+    for irrelevant in ("rounds", "feature_cache_byte", "checkpoint_byte"):
         del training[irrelevant]
     if _local_model(scenario.model, scenario.folder):
         del everything["model"]["source"]

@@ -61,6 +61,10 @@ class Front:
     """Largest relative duality gap of an allocation behind it."""
     reference: Reference | None
     """The corner that improvements were measured from, where the search has one."""
+    rounds_asked: int
+    """Of all schedules that the search has picked, to their ends."""
+    rounds_trained: int
+    """Of those: not the ones that another schedule had begun with, nor those after an early stop."""
 
     @property
     def knee(self) -> pd.Series:
@@ -140,6 +144,8 @@ def pareto_front(
         evaluations=tuple(evaluation for evaluation, _ in found),
         gap=max(curve.gap for _, curve in found),
         reference=searcher.reference,
+        rounds_asked=len(found) * scenario.training.rounds,
+        rounds_trained=budget.spent,
     )
 
 
@@ -147,20 +153,25 @@ class _Rounds:
     """What is left to train: a round that begins like one trained before is free."""
 
     def __init__(self, total: int) -> None:
-        self._total = self.left = total
+        self._total = total
         self._trained: set[str] = set()
+
+    @property
+    def spent(self) -> int:
+        return len(self._trained)
+
+    @property
+    def left(self) -> int:
+        return self._total - self.spent
 
     def spend(self, evaluation: Evaluation) -> None:
         whole = evaluation.schedule
-        for number in range(1, len(whole) + 1):
-            prefix = str(whole.prefix(number))
-            if prefix not in self._trained:
-                self._trained.add(prefix)
-                self.left -= 1
+        self._trained |= {str(whole.prefix(number + 1)) for number in range(len(whole))}
 
     def progress(self, text: str) -> Progress:
-        done = min(self._total, self._total - self.left)
-        return Progress(stage="train", done=done, total=self._total, text=text)
+        return Progress(
+            stage="train", done=min(self.spent, self._total), total=self._total, text=text
+        )
 
 
 def _trained(

@@ -151,6 +151,8 @@ class Training:
     feature_cache_byte: NonNegative = 4e9
     """Memory of this machine for outputs of frozen layers; what does not fit goes to disk. It changes
     speed, never results."""
+    checkpoint_byte: Positive = 2e10
+    """Disk for checkpoints; those unused for longest go first. It changes speed, never results."""
 
     @property
     def validated(self) -> tuple[int, ...]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,9 +78,26 @@ def load_checkpoint(path: Path) -> tuple[State, list[TrainedRound]] | None:
                 else:
                     devices[int(holder.removeprefix("device"))][name] = tensor
             rounds = [_from_json(entry) for entry in json.loads(metadata["rounds"])]
+        # Used now, for make_room; few file systems note it by themselves.
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     except (FileNotFoundError, SafetensorError, KeyError, ValueError, IndexError, TypeError):
         return None
     return State(devices=tuple(devices), sent=sent, moments=moments, residuals=tuple(owed)), rounds
+
+
+def make_room(folder: Path, limit_byte: float, *, keep: Collection[Path]) -> None:
+    """Delete checkpoints, the ones unused for longest first, until the rest fit the limit.
+
+    Those in ``keep`` stay. What is deleted can be trained again, to the same bits.
+    """
+    files = [(path, path.stat()) for path in folder.glob("[!.]*.safetensors")]
+    total = sum(status.st_size for _, status in files)
+    for path, status in sorted(files, key=lambda file: file[1].st_atime_ns):
+        if total <= limit_byte:
+            break
+        if path not in keep:
+            path.unlink(missing_ok=True)
+            total -= status.st_size
 
 
 def _to_json(entry: TrainedRound) -> dict[str, Any]:

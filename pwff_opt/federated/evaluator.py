@@ -17,7 +17,12 @@ from pwff_opt.decision import Schedule
 from pwff_opt.errors import DataError, PwffError
 from pwff_opt.evaluation import Evaluation, TrainedRound, learning_key
 from pwff_opt.federated.backbone import Backbone, pad_token_id
-from pwff_opt.federated.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+from pwff_opt.federated.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    make_room,
+    save_checkpoint,
+)
 from pwff_opt.federated.data import load_corpus
 from pwff_opt.federated.exchange import State
 from pwff_opt.federated.export import save_device_model
@@ -49,7 +54,8 @@ class FederatedEvaluator:
     """Trains schedules with the scenario's model and data, and keeps a checkpoint after every round.
 
     A checkpoint's key is that of the schedule's prefix, so a training that was killed goes on after
-    its last round, and one that shares its first rounds with another does not train them again.
+    its last round, and one that shares its first rounds with another does not train them again, while
+    there is room for checkpoints.
 
     Parameters
     ----------
@@ -198,6 +204,7 @@ class FederatedEvaluator:
             )
             rounds.append(entry)
             save_checkpoint(paths[number], state, rounds)
+            make_room(self._folder, self.scenario.training.checkpoint_byte, keep=paths)
         return state, rounds
 
     def _count(self) -> None:

@@ -152,6 +152,8 @@ def test_rounds_that_begin_alike_are_paid_once(small: Scenario) -> None:
     prefixes = {str(entry.schedule.prefix(n)) for entry in front.evaluations for n in (1, 2, 3)}
     assert len(front.evaluations) > 6
     assert 18 <= len(prefixes) <= 20
+    assert front.rounds_trained == len(prefixes)
+    assert front.rounds_asked == 3 * len(front.evaluations)
 
 
 def test_early_stops_spare_rounds_and_no_front(small: Scenario) -> None:

@@ -485,3 +485,24 @@ def test_slices_are_cut_off_where_a_factor_is_common() -> None:
     new_a, new_b = resize_lora(a, b, torch.zeros(2, 20), stretch=0.5, by_slices=True)
     assert torch.equal(new_a, a[:2])
     assert torch.equal(new_b, 0.5 * b[:, :2])
+
+
+def test_checkpoints_make_room_and_nothing_is_learned_otherwise(
+    small: Scenario, tmp_path: Path
+) -> None:
+    schedules = [Schedule.parse(f"3x2:{states}", devices=3) for states in ("aaa", "ffa", "fpa")]
+    free = FederatedEvaluator(small, tmp_path / "free")
+    for schedule in schedules:
+        free.train(schedule)
+    every = sorted((tmp_path / "free").glob("*.safetensors"))
+    limit = 4.5 * max(path.stat().st_size for path in every)
+    scenario = replace(small, training=replace(small.training, checkpoint_byte=limit))
+    tight = FederatedEvaluator(scenario, tmp_path / "tight")
+    for schedule in schedules:
+        assert tight.train(schedule).rounds == free.train(schedule).rounds
+        tight.test(schedules[0])  # in use, so others go first
+    left = sorted(path.name for path in (tmp_path / "tight").glob("*.safetensors"))
+    assert 3 <= len(left) < len(every) == 9
+    assert set(left) <= {path.name for path in every}
+    assert sum(path.stat().st_size for path in (tmp_path / "tight").iterdir()) <= limit
+    assert [tight.test(s) for s in schedules] == [free.test(s) for s in schedules]
