@@ -228,7 +228,8 @@ def _report(run: RunFolder, found: Front, journal: Journal, trainings: int) -> N
     spared = found.rounds_asked - found.rounds_trained
     if spared:
         console.print(
-            f"{spared} of {found.rounds_asked} rounds spared: shared with other schedules, or after an early stop"
+            f"{spared} of {found.rounds_asked} rounds spared: shared with another schedule, or after "
+            "an early stop"
         )
     if found.reference is not None:
         console.print(found.reference.sentence)
