@@ -144,6 +144,8 @@ def test_interrupting_is_noted(scenario_file: Path, tmp_path: Path) -> None:
         [*COMMAND, "front", str(scenario_file), "--out", str(out), "--trainings", "50"],
         stdout=subprocess.PIPE,
         text=True,
+        # A shell's background job, as this test may be, has its children ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list(out.glob("checkpoints/*.safetensors")):
         assert process.poll() is None
