@@ -81,6 +81,12 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
         del everything["model"]["source"]
     if scenario.data.source == "file":
         del everything["data"]["path"]
+    users = {}
+    if scenario.training.stage == "alignment":
+        users = {
+            "alignment": everything["alignment"],
+            "helpfulness": [device.helpfulness for device in scenario.devices],
+        }
     relevant: dict[str, Any] = {
         "trainer": TRAINER_VERSION,
         "model": everything["model"],
@@ -92,7 +98,7 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
         "seeds": {name: everything["seeds"][name] for name in ("data", "training")},
         "devices": len(scenario.devices),
         "schedule": str(schedule),
-    }
+    } | users
     text = json.dumps(relevant, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -9,7 +9,7 @@ violations are reported together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -36,6 +36,15 @@ LoraRule = Literal[
     "fedex",
     "raflora",
 ]
+StageName = Literal["classification", "pretraining", "instruction", "alignment"]
+_TEXTS = ("hutto", "reuters-r8", "20newsgroups", "file", "hub")
+SOURCES: Mapping[StageName, tuple[str, ...]] = {
+    "classification": _TEXTS,
+    "pretraining": _TEXTS,
+    "instruction": ("alpaca-demo", "file", "hub"),
+    "alignment": ("stereoset", "file", "hub"),
+}
+"""What a stage can learn from."""
 AVERAGING: tuple[LoraRule, ...] = ("fedit", "ffa", "fedsa", "rolora")
 """Rules that only average factors, so that noise and server optimisers can act on the averages."""
 
@@ -80,6 +89,8 @@ class Device:
     memory_byte: Positive = 4e9
     receive_power_w: NonNegative = 0.1
     """Power drawn while the broadcast is received."""
+    helpfulness: Share = 0.5
+    """Weight of helpfulness in what this device's user prefers; safety has the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,17 +101,36 @@ class Model:
     pooling: Literal["model", "mean"] = "model"
     """What the head sees: the model's own way (BERT's first token, Llama's last), or the mean."""
     max_tokens: Annotated[int, Gt(1)] = 48
+    system_prompt: str = ""
+    """What the chat template is given as the system's message; only where there are prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
     """The labelled text and how it is shared out; see :mod:`pwff_opt.federated.partition`."""
 
-    source: Literal["hutto", "reuters-r8", "20newsgroups", "file", "hub"] = "hutto"
+    source: Literal[
+        "hutto",
+        "reuters-r8",
+        "20newsgroups",
+        "alpaca-demo",
+        "stereoset",
+        "file",
+        "hub",
+    ] = "hutto"
     path: str = ""
     """For "file": a CSV, Parquet or JSONL file, or a folder of them; for "hub": a data set's name."""
     text_column: str = "text"
     label_column: str = "label"
+    prompt_column: str = "prompt"
+    """This and the next: where the stage is "instruction" or "alignment"."""
+    answer_column: str = "answer"
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    axis_column: str = "axis"
+    """Of preference pairs: "helpfulness" or "safety", what the chosen answer is better in."""
+    group_column: str = ""
+    """Of preference pairs: rows of one group stay in one part of the data; empty: rows of one prompt."""
     domain_column: str = ""
     """Column of the natural groups; empty: one group."""
     neutral_band: Annotated[float, Gt(0), Le(4)] = 0.5
@@ -135,6 +165,8 @@ class Peft:
 class Training:
     """What every device does in a round."""
 
+    stage: StageName = "classification"
+    """What is learned; see :mod:`pwff_opt.federated.stages`."""
     rounds: Count = 4
     validate_after: tuple[Count, ...] = ()
     """Rounds after which the models are validated, the last among them; empty: after every round.
@@ -158,6 +190,40 @@ class Training:
     def validated(self) -> tuple[int, ...]:
         """The rounds, counted from 1, after which models are validated."""
         return self.validate_after or tuple(range(1, self.rounds + 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alignment:
+    """How a device aligns its model to its user; only where ``training.stage`` is "alignment".
+
+    See :mod:`pwff_opt.federated.stages.alignment`. The drift from what is shared is held by
+    ``aggregation.proximal``.
+    """
+
+    optimiser: Literal["dpo", "modpo", "grpo"] = "modpo"
+    """Preference pairs, pairs with the other reward as a margin, or sampled answers."""
+    kl: Positive = 0.1
+    """Price of leaving the reference model: beta of DPO, weight of the divergence in GRPO."""
+    reconcile: Literal["weighted", "mgda", "regularised"] = "regularised"
+    """How the gradients of the two objectives become one step."""
+    regularisation: Positive = 1.0
+    """"regularised" only: pull of the gradients' weights to the user's; "mgda" has none."""
+    answer_tokens: Count = 24
+    """Longest sampled answer, in evaluations too."""
+    answers: Annotated[int, Ge(2)] = 4
+    """Sampled for every prompt (GRPO)."""
+    temperature: Positive = 1.0
+    """Of sampled answers (GRPO); evaluations take the likeliest token."""
+    clip: Annotated[float, Gt(0), Lt(1)] = 0.2
+    """Of probability ratios (GRPO)."""
+    updates: Count = 2
+    """Steps on the same sampled answers (GRPO)."""
+    reward_share: Annotated[float, Gt(0), Lt(1)] = 0.5
+    """Of the groups of preference pairs: those the reward models learn from, and no device holds."""
+    reward_model: str = "minilm"
+    """Encoder that the reward models are made of: "minilm", a folder, or a hub name."""
+    reward_steps: Count = 300
+    """Of training a reward model, 16 pairs each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +327,7 @@ class Scenario:
     data: Data = field(default_factory=Data)
     peft: Peft = field(default_factory=Peft)
     training: Training = field(default_factory=Training)
+    alignment: Alignment = field(default_factory=Alignment)
     aggregation: Aggregation = field(default_factory=Aggregation)
     decisions: Decisions = field(default_factory=Decisions)
     thresholds: Thresholds = field(default_factory=Thresholds)
@@ -288,6 +355,12 @@ class Scenario:
                     f"devices[{number}].frequency_min_hz must not exceed frequency_max_hz "
                     f"({device.frequency_max_hz:g}), got {device.frequency_min_hz:g}"
                 )
+        stage = self.training.stage
+        if self.data.source not in SOURCES[stage]:
+            yield (
+                f"data.source must be one of {', '.join(map(repr, SOURCES[stage]))} for training.stage "
+                f"{stage!r}, got {self.data.source!r}"
+            )
         if self.data.source in ("file", "hub") and not self.data.path:
             yield f"data.path must name the data for data.source {self.data.source!r}, got ''"
         if self.data.source not in ("file", "hub") and self.data.path:
