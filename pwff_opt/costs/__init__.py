@@ -9,24 +9,42 @@ from pwff_opt.costs.blocks import (
     trained_parameters,
 )
 from pwff_opt.costs.flops import TokenCount, forward_flops, step_flops
-from pwff_opt.costs.memory import training_memory_byte
+from pwff_opt.costs.memory import (
+    forward_memory_byte,
+    resident_byte,
+    sampling_memory_byte,
+    training_memory_byte,
+    weights_byte,
+)
 from pwff_opt.costs.payload import broadcast_payload_bit, uplink_payload_bit
-from pwff_opt.costs.round import CostModel, Demand, Workload
+from pwff_opt.costs.round import CostModel, Demand
+from pwff_opt.costs.stages import LocalStep, Preferences, Rewards, Sampling, Supervised, local_step
+from pwff_opt.costs.workload import Workload
 
 __all__ = [
     "Architecture",
     "Blocks",
     "CostModel",
     "Demand",
+    "LocalStep",
+    "Preferences",
+    "Rewards",
+    "Sampling",
+    "Supervised",
     "TokenCount",
     "Workload",
     "adapter_parameters",
     "broadcast_payload_bit",
     "forward_flops",
+    "forward_memory_byte",
     "head_parameters",
+    "local_step",
     "lora_parameters",
+    "resident_byte",
+    "sampling_memory_byte",
     "step_flops",
     "trained_parameters",
     "training_memory_byte",
     "uplink_payload_bit",
+    "weights_byte",
 ]

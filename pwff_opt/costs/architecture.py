@@ -10,6 +10,7 @@ from pwff_opt.errors import ModelError
 
 Family = Literal["bert", "llama"]
 Pooling = Literal["model", "mean"]
+Head = Literal["classifier", "language"]
 
 _FAMILIES: Mapping[str, Family] = {
     "bert": "bert",
@@ -31,11 +32,11 @@ _POSITIVE += ("vocabulary", "classes")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    r"""Sizes of a Hugging Face sequence classifier of the BERT or the Llama family.
+    r"""Sizes of a Hugging Face model of the BERT or the Llama family: classifier or language model.
 
     Symbols used by every formula of :mod:`pwff_opt.costs`: :math:`L` layers, :math:`h` hidden
     width, :math:`a` = heads x head_dim (query width), :math:`k` = key_value_heads x head_dim,
-    :math:`i` intermediate width of the MLP, :math:`c` classes.
+    :math:`i` intermediate width of the MLP, :math:`c` classes, :math:`V` vocabulary.
 
     Parameters
     ----------
@@ -49,8 +50,14 @@ class Architecture:
         Rows of the learned position and token type tables; 0 where there is no table.
     qkv_bias, output_bias, mlp_bias
         Whether the query, key and value, the attention output, and the MLP projections have biases.
+    head
+        ``"classifier"``: a classification head, trained and not part of the frozen model.
+        ``"language"``: the head that says the next token, without bias, frozen with the model; llama
+        family only.
     classes
-        Outputs of the classification head, which is trained and not part of the frozen model.
+        Outputs of the head; for a language head the vocabulary.
+    tied
+        Whether the matrix of a language head is that of the token embeddings.
     pooling
         What the head sees. ``"model"``: BERT's pooler of the first token, Llama's last token.
         ``"mean"``: the mean of the tokens, in the place of BERT's pooler.
@@ -58,8 +65,8 @@ class Architecture:
     Raises
     ------
     ModelError
-        A size is not a positive integer, the family is unknown, or the query heads do not divide
-        into the key and value heads.
+        A size is not a positive integer, the family is unknown, the query heads do not divide into
+        the key and value heads, or head and family, or head and classes, do not fit.
     """
 
     family: Family
@@ -75,7 +82,9 @@ class Architecture:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    head: Head = "classifier"
     classes: int = 2
+    tied: bool = False
     pooling: Pooling = "model"
 
     def __post_init__(self) -> None:
@@ -86,6 +95,17 @@ class Architecture:
         if self.pooling == "mean" and self.family != "bert":
             raise ModelError(
                 f"pooling 'mean' needs a model of the bert family, got {self.family!r}"
+            )
+        if self.head not in ("classifier", "language"):
+            raise ModelError(f"head must be 'classifier' or 'language', got {self.head!r}")
+        if self.head == "language" and self.family != "llama":
+            raise ModelError(
+                f"head 'language' needs a model of the llama family, got {self.family!r}"
+            )
+        if self.head == "language" and self.classes != self.vocabulary:
+            raise ModelError(
+                f"classes must be the vocabulary ({self.vocabulary}) for head 'language', "
+                f"got {self.classes!r}"
             )
         for name in _POSITIVE:
             _integer(name, getattr(self, name), least=1)
@@ -104,7 +124,11 @@ class Architecture:
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], *, classes: int, pooling: Pooling = "model"
+        cls,
+        config: Mapping[str, Any],
+        *,
+        classes: int | None,
+        pooling: Pooling = "model",
     ) -> Architecture:
         """Read the sizes from the contents of a Hugging Face ``config.json``.
 
@@ -113,7 +137,8 @@ class Architecture:
         config
             The JSON object; ``model_type`` is one of bert, llama, mistral, qwen2.
         classes
-            Outputs of the classification head; configurations of base models do not say it.
+            Outputs of the classification head; configurations of base models do not say it. None:
+            the head is the model's own language head.
         pooling
             "model" or "mean", as the field.
 
@@ -146,6 +171,7 @@ class Architecture:
                 f"got {hidden}"
             )
         bias = _biases(str(model_type), config)
+        language = classes is None
         return cls(
             family=family,
             layers=_size(config, "num_hidden_layers"),
@@ -162,7 +188,10 @@ class Architecture:
             qkv_bias=bias[0],
             output_bias=bias[1],
             mlp_bias=bias[2],
-            classes=classes,
+            head="language" if language else "classifier",
+            classes=_size(config, "vocab_size") if classes is None else classes,
+            # Absent means untied for llama, mistral and qwen2 alike.
+            tied=language and bool(config.get("tie_word_embeddings", False)),
             pooling=pooling,
         )
 
@@ -177,17 +206,17 @@ class Architecture:
         return self.key_value_heads * self.head_dim
 
     def parameters(self) -> int:
-        r"""Return the number of parameters of the frozen model, without the classification head.
+        r"""Return the number of parameters of the frozen model, without a classification head.
 
         .. math::
             \text{BERT: } (V+P+Y)h + 2h + L\,[\,2ha + 2hk + 2hi + 4h + \text{biases}\,] + h^2 + h
 
         .. math::
-            \text{Llama: } Vh + L\,[\,2ha + 2hk + 3hi + 2h + \text{biases}\,] + h
+            \text{Llama: } Vh + L\,[\,2ha + 2hk + 3hi + 2h + \text{biases}\,] + h + \lambda Vh
 
         ``V``: vocabulary; ``P``: positions; ``Y``: token types; the last :math:`h^2 + h` is BERT's
-        pooler (none with mean pooling), the last :math:`h` Llama's final norm. Equal to the count
-        of the real model.
+        pooler (none with mean pooling), the last :math:`h` Llama's final norm; :math:`\lambda`: an
+        untied language head. Equal to the count of the real model.
         """
         h, a, k, i = self.hidden, self.query_width, self.key_value_width, self.intermediate
         attention = 2 * h * (a + k) + self.qkv_bias * (a + 2 * k) + self.output_bias * h
@@ -197,7 +226,8 @@ class Architecture:
             pooler = h * h + h if self.pooling == "model" else 0
             return embeddings + self.layers * (attention + mlp + 4 * h) + pooler
         mlp = 3 * h * i + self.mlp_bias * (2 * i + h)
-        return self.vocabulary * h + self.layers * (attention + mlp + 2 * h) + h
+        tables = 1 + (self.head == "language" and not self.tied)
+        return tables * self.vocabulary * h + self.layers * (attention + mlp + 2 * h) + h
 
 
 def _integer(name: str, value: Any, *, least: int) -> int:

@@ -113,7 +113,12 @@ def lora_parameters(architecture: Architecture, rank: int, factors: Factors = "A
 
 
 def head_parameters(architecture: Architecture) -> int:
-    """Return the parameters of the classification head, :math:`hc`, and BERT's :math:`c` biases."""
+    """Return the parameters of the classification head, :math:`hc`, and BERT's :math:`c` biases.
+
+    A language head is frozen: 0.
+    """
+    if architecture.head == "language":
+        return 0
     bias = architecture.classes if architecture.family == "bert" else 0
     return architecture.hidden * architecture.classes + bias
 
@@ -121,7 +126,7 @@ def head_parameters(architecture: Architecture) -> int:
 def trained_parameters(
     architecture: Architecture, blocks: Blocks, *, rank: int, states: Sequence[LayerState]
 ) -> int:
-    """Return the parameters that a round trains: head, and adapter and LoRAs of unfrozen layers."""
+    """Return the parameters a round trains: classifier, and adapter and LoRAs of unfrozen layers."""
     layers = sum(state != LayerState.FROZEN for state in states)
     per_layer = adapter_parameters(architecture, blocks)
     per_layer += lora_parameters(architecture, blocks.common_rank)

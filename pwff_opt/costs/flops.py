@@ -23,8 +23,8 @@ class TokenCount:
     r"""What the work of a batch depends on: number of sequences and moments of their lengths.
 
     Linear work goes with :math:`\sum_n S_n` and attention with :math:`\sum_n S_n^2`, and FLOPs are
-    linear in all three fields. So several batches may be added, and expectations over random
-    batches put in, without error. With padding, :math:`S_n` is the padded length.
+    linear in all fields. So several batches may be added, and expectations over random batches put
+    in, without error. With padding, :math:`S_n` is the padded length.
 
     Parameters
     ----------
@@ -33,7 +33,10 @@ class TokenCount:
     tokens
         Sum of their lengths :math:`\sum_n S_n`.
     squared_tokens
-        Sum of their squared lengths :math:`\sum_n S_n^2`.
+        Sum of their squared lengths :math:`\sum_n S_n^2`: how often a token attends to another.
+    scored
+        Number of tokens :math:`Z` at which a language head says what comes next; a classifier does not
+        look at it.
 
     Each is a number, or an array of one per device.
 
@@ -46,12 +49,49 @@ class TokenCount:
     sequences: Quantity
     tokens: Quantity
     squared_tokens: Quantity
+    scored: Quantity = 0
 
     @classmethod
-    def batch(cls, *, sequences: int, length: int) -> TokenCount:
-        """Return the count of ``sequences`` sequences of ``length`` tokens each."""
+    def batch(cls, *, sequences: int, length: int, scored: int = 0) -> TokenCount:
+        """Return the count of ``sequences`` sequences of ``length`` tokens, ``scored`` in each."""
         return cls(
-            sequences=sequences, tokens=sequences * length, squared_tokens=sequences * length**2
+            sequences=sequences,
+            tokens=sequences * length,
+            squared_tokens=sequences * length**2,
+            scored=sequences * scored,
+        )
+
+    def sampling(self, answer: int) -> TokenCount:
+        r"""Return the count of sampling ``answer`` :math:`= A` tokens after each of these prompts.
+
+        .. math:: T' = T + N(A-1), \quad Q' = Q + (A-1)\,T + N\,A(A-1)/2, \quad Z' = NA
+
+        Keys and values are kept: a prompt goes through once, then every token but the last attends to
+        what is before it and to itself. So :func:`forward_flops` of this is the work of sampling.
+        """
+        n: Any = self.sequences
+        tokens: Any = self.tokens
+        squared: Any = self.squared_tokens
+        return TokenCount(
+            sequences=n,
+            tokens=tokens + n * (answer - 1),
+            squared_tokens=squared + (answer - 1) * tokens + n * (answer * (answer - 1) // 2),
+            scored=n * answer,
+        )
+
+    def answered(self, answer: int) -> TokenCount:
+        r"""Return the count of these prompts, each followed by ``answer`` :math:`= A` scored tokens.
+
+        .. math:: T' = T + NA, \quad Q' = Q + 2AT + NA^2, \quad Z' = NA
+        """
+        n: Any = self.sequences
+        tokens: Any = self.tokens
+        squared: Any = self.squared_tokens
+        return TokenCount(
+            sequences=n,
+            tokens=tokens + n * answer,
+            squared_tokens=squared + 2 * answer * tokens + n * answer**2,
+            scored=n * answer,
         )
 
 
@@ -63,16 +103,17 @@ def forward_flops(
     present: Sequence[bool],
     count: TokenCount,
 ) -> Quantity:
-    r"""Return the FLOPs of a forward pass (evaluation).
+    r"""Return the FLOPs of a forward pass (evaluation, a reference, a reward, sampling).
 
     .. math::
         F = \sum_l \big[2T(2ha + 2hk + m\,hi) + 4Qa
             + \pi_l\,(4Thw + 2T (r+q)(2h + a + k))\big] + F_\text{head}
 
-    :math:`N, T, Q`: the fields of ``count``; :math:`m` = 2 matrices in BERT's MLP, 3 in a gated
+    :math:`N, T, Q, Z`: the fields of ``count``; :math:`m` = 2 matrices in BERT's MLP, 3 in a gated
     one; :math:`\pi_l`: layer has blocks; :math:`q`: rank of the common LoRA;
     :math:`F_\text{head} = 2N(h^2 + hc)` for BERT (pooler and head see one token a sequence),
-    :math:`2Thc` for Llama (Hugging Face scores every token).
+    :math:`2Thc` for a Llama classifier (Hugging Face scores every token), :math:`2ZhV` for a
+    language head.
 
     Parameters
     ----------
@@ -122,8 +163,9 @@ def step_flops(
 
     With :math:`\ell` the lowest layer that is not frozen, backward adds to forward
 
-    - head: its weight gradient, :math:`2Nhc` (BERT) or :math:`2Thc` (Llama); if any layer is
-      trained, as much for its input, and BERT's pooler :math:`2Nh^2`;
+    - head: its weight gradient, :math:`2Nhc` (BERT) or :math:`2Thc` (Llama), but for a language
+      head, which is frozen; if any layer is trained, as much again (:math:`2ZhV` for a language
+      head) for its input, and BERT's pooler :math:`2Nh^2`;
     - layers above :math:`\ell`: the input gradient of every product, i.e. the forward FLOPs again
       with four attention products for two, and the weight gradient of the blocks that are trained;
     - layer :math:`\ell`, whose input needs no gradient: weight gradients of its blocks; input
@@ -134,7 +176,8 @@ def step_flops(
     - nothing below :math:`\ell`.
 
     A factor that the rule of ``blocks`` holds fixed in this round (``Blocks.lora_trained``) has no
-    weight gradient. Where there is neither adapter nor LoRA (width and ranks 0) no layer is trained.
+    weight gradient. Where there is neither adapter nor LoRA (width and ranks 0) no layer is trained;
+    with a language head there is no backward pass then.
 
     The optimiser does element-wise work only, which is not counted.
 
@@ -164,7 +207,7 @@ def step_flops(
     check_states(architecture, states, present)
     total: Any = forward_flops(architecture, blocks, rank=rank, present=present, count=count)
     work = _Work(architecture, blocks, rank, count)
-    total = total + work.head
+    total = total + work.head_weight
     lowest = lowest_trained(states)
     if lowest == architecture.layers:
         return total  # type: ignore[no-any-return]
@@ -211,7 +254,10 @@ class _Work:
             self.pooler = 2 * tokens * h  # a product of weights [1, token] and [token, hidden]
         elif bert:
             self.pooler = 2 * sequences * h * h
-        self.head: Any = 2 * (sequences if bert else tokens) * h * architecture.classes
+        language = architecture.head == "language"
+        seen: Any = count.scored if language else sequences if bert else tokens
+        self.head: Any = 2 * seen * h * architecture.classes
+        self.head_weight: Any = 0 if language else self.head
         # With one rank a device, each of the next two is an array of one truth a device.
         self.has_lora: Any = rank + common > 0
         self.trains: Any = rank + common + blocks.adapter_width > 0

@@ -15,11 +15,13 @@ BYTE = 4
 class Ledger:
     """Running and highest number of bytes that are allocated."""
 
-    __slots__ = ("live", "peak")
+    __slots__ = ("keeps_graph", "live", "peak")
 
     def __init__(self) -> None:
         self.live = 0
         self.peak = 0
+        self.keeps_graph = False
+        """Whether the backward pass leaves the graph for another one."""
 
     def take(self, *sizes: int) -> None:
         """Allocate tensors, all alive together."""
@@ -29,6 +31,11 @@ class Ledger:
     def give(self, *sizes: int) -> None:
         """Release tensors."""
         self.live -= sum(sizes)
+
+    def free(self, *sizes: int) -> None:
+        """Release tensors that the graph holds, which a backward pass that comes again needs."""
+        if not self.keeps_graph:
+            self.give(*sizes)
 
     def swap(self, size: int) -> None:
         """Allocate a result and then release its equally large operand."""
@@ -182,7 +189,7 @@ def projection_backward(
             ledger.take(lora.product)
         ledger.give(out)
         if lora.learns_b:
-            ledger.give(lora.product)  # A x
+            ledger.free(lora.product)  # A x
         if lora.learns_a:
             ledger.take(lora.a)
         if m.below:
@@ -208,7 +215,8 @@ def scores_forward(ledger: Ledger, s: Sizes) -> None:
 def scores_backward(ledger: Ledger, s: Sizes) -> None:
     """From the gradient of the attention weights to that of the unscaled scores."""
     ledger.take(s.scores)  # through the softmax
-    ledger.give(s.scores, s.scores)  # gradient of the weights, the weights
+    ledger.give(s.scores)  # gradient of the weights
+    ledger.free(s.scores)  # the weights
     ledger.swap(s.scores)  # unscaled
 
 
@@ -236,14 +244,15 @@ def adapter_backward(ledger: Ledger, s: Sizes, m: Mode) -> None:
         ledger.take(s.width)  # gradient of the GELU
         if m.trained:
             ledger.take(s.down_weight, s.up_bias)  # as large as the up weight
-            ledger.give(s.width)  # GELU
+            ledger.free(s.width)  # GELU
         ledger.take(s.width)  # gradient of down
-        ledger.give(s.width, s.width)  # gradient of the GELU, down
+        ledger.give(s.width)  # gradient of the GELU
+        ledger.free(s.width)  # down
         if m.flows:
             ledger.take(s.hidden)
         if m.trained:
             ledger.take(s.down_weight, s.down_bias)
-            ledger.give(s.hidden)  # input
+            ledger.free(s.hidden)  # input
         ledger.give(s.width)
         if m.flows:
             ledger.give(s.hidden)  # added into the residual's gradient in place

@@ -42,7 +42,8 @@ def layer_backward(ledger: Ledger, s: Sizes, m: Mode) -> None:
     _norm_backward(ledger, s)
     ledger.take(s.inner)  # gradient of the GELU
     ledger.take(s.inner)  # gradient of up
-    ledger.give(s.inner, s.inner)  # gradient of the GELU, up
+    ledger.give(s.inner)  # gradient of the GELU
+    ledger.free(s.inner)  # up
     ledger.take(s.hidden)
     ledger.give(s.inner)
     ledger.give(s.hidden)  # added into the residual's gradient in place
@@ -54,13 +55,15 @@ def layer_backward(ledger: Ledger, s: Sizes, m: Mode) -> None:
         ledger.swap(s.query)
     ledger.take(s.query)  # gradient of the values
     ledger.take(s.scores)  # gradient of the attention weights
-    ledger.give(s.query, s.query)  # gradient of the context, values
+    ledger.give(s.query)  # gradient of the context
+    ledger.free(s.query)  # values
     scores_backward(ledger, s)
     ledger.take(s.query)  # gradient of the queries
     if m.below:
         ledger.take(s.query)  # gradient of the keys
-        ledger.give(s.query)  # queries
-    ledger.give(s.scores, s.query)  # gradient of the scores, keys
+        ledger.free(s.query)  # queries
+    ledger.give(s.scores)  # gradient of the scores
+    ledger.free(s.query)  # keys
     # Gradients of the layer's input are added into the residual's in place.
     ledger.give(projection_backward(ledger, s, m, "value") * s.hidden)
     if m.below:
@@ -69,7 +72,7 @@ def layer_backward(ledger: Ledger, s: Sizes, m: Mode) -> None:
         ledger.give(s.query, s.hidden)
     ledger.give(projection_backward(ledger, s, m, "query") * s.hidden)
     if m.keeps_lora_input:
-        ledger.give(s.hidden)
+        ledger.free(s.hidden)
 
 
 def _attention_forward(ledger: Ledger, s: Sizes, m: Mode) -> None:
@@ -105,4 +108,5 @@ def _add_norm_forward(ledger: Ledger, s: Sizes, m: Mode) -> None:
 
 def _norm_backward(ledger: Ledger, s: Sizes) -> None:
     ledger.take(s.hidden)
-    ledger.give(s.hidden, s.hidden, 2 * s.token)  # gradient of the output, kept input and moments
+    ledger.give(s.hidden)  # gradient of the output
+    ledger.free(s.hidden, 2 * s.token)  # kept input and moments

