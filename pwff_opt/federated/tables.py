@@ -1,0 +1,111 @@
+"""Tables of text that a scenario names: files, and data sets by hub name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pwff_opt.errors import DataError
+from pwff_opt.scenario import Data
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+
+
+_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    # As written: no "None" becomes missing, no "01" becomes 1.
+    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
+    ".parquet": pd.read_parquet,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+}
+
+
+def read_table(data: Data, *, folder: Path) -> pd.DataFrame:
+    """Read the table that a scenario names by file or by hub; files are looked for in ``folder``.
+
+    Raises
+    ------
+    DataError
+        There is none, or it cannot be read.
+    """
+    return _read_tables(folder / data.path) if data.source == "file" else _read_hub(data.path)
+
+
+def require(table: pd.DataFrame, columns: Sequence[str], data: Data) -> None:
+    """Raise a DataError unless the table has all the columns."""
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise DataError(
+            f"data {data.path!r} must have the columns {list(columns)}, lacks {missing}; "
+            f"it has {list(table.columns)}"
+        )
+
+
+def filled(table: pd.DataFrame, columns: Sequence[str], data: Data) -> pd.DataFrame:
+    """Return some columns as texts, without blanks around them.
+
+    Raises
+    ------
+    DataError
+        There is no such column, or a row in it is blank or holds neither text nor a whole number.
+    """
+    require(table, columns, data)
+    texts = {
+        column: [
+            str(v).strip() if isinstance(v, str | int | np.integer) else "" for v in table[column]
+        ]
+        for column in columns
+    }
+    for column, values in texts.items():
+        refuse_rows(pd.Series(values) == "", column, "must hold text", table[column], data)
+    return pd.DataFrame(texts)
+
+
+def refuse_rows(
+    wrong: pd.Series[bool], column: str, rule: str, values: pd.Series[Any], data: Data
+) -> None:
+    """Raise a DataError if any row is wrong; it names the rule, the first such row and its value."""
+    rows = np.flatnonzero(wrong)
+    if len(rows):
+        raise DataError(
+            f"data {data.path!r}: column {column!r} {rule}, got {values.iloc[rows[0]]!r} in row "
+            f"{rows[0]}, counted from 0 ({len(rows)} such rows)"
+        )
+
+
+def _reader(path: Path) -> Callable[[Path], pd.DataFrame] | None:
+    return next((read for ending, read in _READERS.items() if path.name.endswith(ending)), None)
+
+
+def _read_tables(path: Path) -> pd.DataFrame:
+    """Read one file, or all files of a folder that end in one of the known ways."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    tables = [(file, _reader(file)) for file in files if file.is_file()]
+    try:
+        read = [reader(file) for file, reader in tables if reader is not None]
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"data.path {str(path)!r} could not be read: {error}") from error
+    if not read:
+        raise DataError(
+            f"data.path must name a {', '.join(_READERS)} file or a folder of them, got {str(path)!r}"
+        )
+    return pd.concat(read, ignore_index=True)
+
+
+def _read_hub(name: str) -> pd.DataFrame:
+    """Read the tables of a data set on the Hugging Face hub, or in its local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [f"*{ending}" for ending in _READERS]
+    try:
+        folder = snapshot_download(name, repo_type="dataset", allow_patterns=patterns)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(f"data.path {name!r} could not be fetched from the hub: {error}") from error
+    return _read_tables(Path(folder))
