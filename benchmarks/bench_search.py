@@ -19,7 +19,11 @@ states, as a user would write it; random; Optuna's NSGA-II, TPE and GP samplers;
 schedules that are left.  Rivals see energy and delay at the knee of a schedule's curve and its error after
 the last round.
 
-``python benchmarks/bench_search.py`` (20 minutes; ``--quick`` for a smoke test) writes
+*Early stops*: the whole search with ``search.stop_early``, against the same without, at the same rounds; and
+what stopping lost, against its own schedules had they been trained to the end.  *Certificate*: what it
+claims after some trainings, against the true ratio within the same corner, at several confidences.
+
+``python benchmarks/bench_search.py`` (half an hour; ``--quick`` for a smoke test) writes
 ``benchmarks/results/search.json`` and the figure ``runs/search.png``.
 """
 
@@ -40,10 +44,11 @@ from harness import machine, parser, versions, write
 from pwff_opt.costs import Workload
 from pwff_opt.decision import Schedule
 from pwff_opt.evaluation import Evaluation, TrainedRound
+from pwff_opt.pareto import Front, pareto_front
 from pwff_opt.planning import Planner
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario_io import read_scenario
-from pwff_opt.search import Evolution, Reference, Surrogate
+from pwff_opt.search import CONFIDENCE, Evolution, Reference, Surrogate
 from pwff_solvers.surrogate import Attained, on_grid
 
 HERE = Path(__file__).resolve().parent
@@ -105,6 +110,10 @@ class Replay:
             self.knees[text] = (float(energy[at_knee]), float(delay[at_knee]))
         self.best = self.worth(list(self.schedules), self.truth.to_numpy())
 
+    def whole(self, cut: Schedule) -> str:
+        """Return the schedule of the table that begins with a cut."""
+        return str(Schedule(rounds=cut.rounds[:1] * self.scenario.training.rounds))
+
     def evaluation(self, text: str, seed: int) -> Evaluation:
         rounds = []
         devices = len(self.scenario.devices)
@@ -119,17 +128,51 @@ class Replay:
 
     def worth(self, trained: list[str], estimate: FloatArray) -> float:
         """Return the true hypervolume of the front of some trainings, by ``estimate`` [training, mark]."""
-        curves = np.concatenate([self.curves[text] for text in trained])
-        observed = 1.0 - estimate.ravel()
-        true = 1.0 - self.truth.loc[trained].to_numpy().ravel()
-        order = np.argsort(observed, kind="stable")
-        least = np.full(CELLS, self.reference[0])
-        chosen = []
-        for index in order:
-            if (curves[index] < least).any():
-                chosen.append(index)
-                least = np.minimum(least, curves[index])
-        return Attained.of(curves[chosen], true[chosen], self.edges, self.reference).hypervolume
+        return self.attained(self.chosen(trained, estimate)).hypervolume
+
+    def chosen(self, trained: list[str], estimate: FloatArray) -> list[tuple[str, int]]:
+        """Return the cuts (schedule, index of mark) on the front of some trainings, by ``estimate``."""
+        cuts = [(text, mark) for text in trained for mark in range(len(self.marks))]
+        least, chosen = np.full(CELLS, self.reference[0]), []
+        for index in np.argsort(1.0 - estimate.ravel(), kind="stable"):
+            text, mark = cuts[index]
+            if (self.curves[text][mark] < least).any():
+                chosen.append((text, mark))
+                least = np.minimum(least, self.curves[text][mark])
+        return chosen
+
+    def attained(self, cuts: list[tuple[str, int]], worst: float | None = None) -> Attained:
+        """Return what cuts truly attain, up to an error of ``worst``."""
+        places = [self.truth.index.get_loc(text) for text, _ in cuts]
+        errors = 1.0 - self.truth.to_numpy()[places, [mark for _, mark in cuts]]
+        curves = np.array([self.curves[text][mark] for text, mark in cuts])
+        corner = self.reference if worst is None else (self.reference[0], worst)
+        return Attained.of(curves, errors, self.edges, corner)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """An evaluator of one training seed that looks trainings up."""
+
+    replay: Replay
+    seed: int
+
+    @property
+    def workload(self) -> Workload:
+        return self.replay.planner.costs.workload
+
+    def train(self, schedule: Schedule) -> Evaluation:
+        whole = self.replay.evaluation(self.replay.whole(schedule), self.seed)
+        return replace(
+            whole, key=str(schedule), schedule=schedule, rounds=whole.rounds[: len(schedule)]
+        )
+
+    def test(self, schedule: Schedule) -> tuple[float, ...]:
+        mark = self.replay.marks.index(len(schedule))
+        return (float(self.replay.truth.loc[self.replay.whole(schedule)].iloc[mark]),)
+
+    def with_seed(self, seed: int) -> Replayed:
+        return replace(self, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -153,21 +196,29 @@ def rival(order: Callable[[Replay, int, int], Iterator[str]]) -> Method:
     return lambda replay, seed, own: Asked(order(replay, seed, own), as_seen(replay, seed))
 
 
-def ours(kind: Callable[[Planner], Any], *, modelled: bool, **settings: Any) -> Method:
+def settled(replay: Replay, search_seed: int, **settings: Any) -> Scenario:
+    """Return the scenario with a search seed and settings of the search."""
+    return replace(
+        replay.scenario,
+        seeds=replace(replay.scenario.seeds, search=search_seed),
+        search=replace(replay.scenario.search, **settings),
+    )
+
+
+def ours(
+    kind: Callable[[Planner], Any], *, modelled: bool, batch: int = 1, **settings: Any
+) -> Method:
     """Our searches; ``modelled``: they report by their model, not by what was measured."""
 
     def start(replay: Replay, seed: int, search_seed: int) -> Asked:
-        scenario = replace(
-            replay.scenario,
-            seeds=replace(replay.scenario.seeds, search=search_seed),
-            search=replace(replay.scenario.search, **settings),
-        )
+        scenario = settled(replay, search_seed, **settings)
         searcher = kind(Planner(scenario, replay.planner.costs.workload))
 
         def order() -> Iterator[str]:
-            while (schedule := searcher.ask()) is not None:
-                searcher.tell(schedule, replay.evaluation(str(schedule), seed))
-                yield str(schedule)
+            while asked := searcher.ask(batch):
+                for schedule in asked:
+                    searcher.tell(schedule, replay.evaluation(str(schedule), seed))
+                    yield str(schedule)
 
         def model(trained: list[str]) -> FloatArray:
             return np.array([searcher.accuracy(replay.evaluation(text, seed)) for text in trained])
@@ -306,6 +357,7 @@ def by_botorch(replay: Replay, seed: int, search_seed: int) -> Iterator[str]:
 METHODS: dict[str, Method] = {
     "ours": ours(Surrogate, modelled=True),
     "ours, as measured": ours(Surrogate, modelled=False),
+    "ours, batches of 4": ours(Surrogate, modelled=True, batch=4),
     "ours, NSGA-II on curves": ours(Evolution, modelled=False),
     "pymoo NSGA-II": rival(by_pymoo),
     "random": rival(by_chance),
@@ -344,9 +396,14 @@ class Size:
     """Trainings of pymoo's NSGA-II that ours is asked to match in twenty."""
     dear: int = 40
     """Trainings of BoTorch, whose choice of one takes seconds."""
+    stopped: int = 24
+    """Trainings of searches with and without early stops."""
+    certified: tuple[int, ...] = (12, 20, 40)
+    """Trainings after which fronts are certified."""
 
 
-QUICK = Size(budget=12, runs=2, reference=12, dear=18)
+QUICK = Size(budget=12, runs=2, reference=12, dear=18, stopped=10, certified=(10,))
+CONFIDENCES = (1.0, 2.0, 3.0)
 
 
 def first_at(values: FloatArray, level: float) -> int | None:
@@ -389,6 +446,120 @@ def measure(replay: Replay, size: Size, only: list[str]) -> dict[str, Any]:
             shown.append(f"{measured} {' '.join(cells)}")
         rows[name] = row
         print("  " + "\n    ".join([*shown, f"{1e3 * seconds:.0f} ms a training"]), flush=True)
+    return rows
+
+
+def measure_stops(replay: Replay, size: Size) -> dict[str, Any]:
+    """Return what ``search.stop_early`` saves and loses, run by run."""
+    runs = []
+    for run in range(size.runs):
+        evaluator = Replayed(replay, replay.seeds[run % len(replay.seeds)])
+        row: dict[str, Any] = {}
+        for name, stop in (("whole", False), ("stopped", True)):
+            scenario = settled(replay, run, stop_early=stop)
+            front = pareto_front(scenario, evaluator, trainings=size.stopped)
+            row[name] = worth_of(replay, front)
+        runs.append(row)
+    medians = {
+        name: {key: float(np.median([row[name][key] for row in runs])) for key in own}
+        for name, own in runs[0].items()
+    }
+    stopped, whole = medians["stopped"], medians["whole"]
+    own = [row["stopped"] for row in runs]
+    lost, points = (sum(row[key] for row in own) for key in ("points_lost", "points"))
+    print(
+        f"early stops at {CONFIDENCE:g} standard deviations, {size.runs} runs of "
+        f"{size.stopped} trainings' rounds, medians"
+    )
+    print(
+        f"  its own schedules trained to the end: {stopped['rounds_spared']:.1%} of their rounds "
+        f"spared, {stopped['lost']:.4f} of their true hypervolume lost (at most "
+        f"{max(row['lost'] for row in own):.4f}), {lost} of {points} cuts on their true fronts (all runs)"
+    )
+    print(
+        f"  same rounds without stops: {stopped['schedules']:.0f} schedules for "
+        f"{whole['schedules']:.0f}, reported {stopped['reported']:.4f} for {whole['reported']:.4f}, "
+        f"trained {stopped['trained']:.4f} for {whole['trained']:.4f}"
+    )
+    return {"confidence": CONFIDENCE, "trainings": size.stopped, "medians": medians, "runs": runs}
+
+
+def worth_of(replay: Replay, front: Front) -> dict[str, Any]:
+    """Return what a front and its trainings are truly worth, and what training to the end would add."""
+    marks = list(replay.marks)
+    picked = [replay.whole(one.schedule) for one in front.evaluations]
+    whole = [(text, n) for text in picked for n in range(len(marks))]
+    trained = [
+        (text, n)
+        for text, one in zip(picked, front.evaluations, strict=True)
+        for n, mark in enumerate(marks)
+        if mark <= len(one.rounds)
+    ]
+    cuts = front.points[["schedule", "rounds"]].drop_duplicates().itertuples(index=False)
+    devices = len(replay.scenario.devices)
+    reported = [
+        (replay.whole(Schedule.parse(text, devices=devices)), marks.index(rounds))
+        for text, rounds in cuts
+    ]
+    had = replay.attained(trained).hypervolume
+    points = set(replay.chosen(picked, replay.truth.loc[picked].to_numpy()))
+    return {
+        "schedules": len(picked),
+        "rounds": front.rounds_trained,
+        "rounds_spared": 1.0 - front.rounds_trained / front.rounds_asked,
+        "reported": replay.attained(reported).hypervolume / replay.best,
+        "trained": had / replay.best,
+        "lost": 1.0 - had / replay.attained(whole).hypervolume,
+        "points": len(points),
+        "points_lost": len(points - set(trained)),
+    }
+
+
+def measure_certificates(replay: Replay, size: Size) -> list[dict[str, Any]]:
+    """Return how often the true hypervolume ratio is at least what the certificate claims."""
+    everything = [(text, n) for text in replay.schedules for n in range(len(replay.marks))]
+    runs: dict[tuple[int, float], list[tuple[float, float, float]]] = {}
+    for run in range(size.runs):
+        seed = replay.seeds[run % len(replay.seeds)]
+        search = Surrogate(Planner(settled(replay, run), replay.planner.costs.workload))
+        trained: list[str] = []
+        for count in size.certified:
+            while len(trained) < count:
+                (schedule,) = search.ask()
+                search.tell(schedule, replay.evaluation(str(schedule), seed))
+                trained.append(str(schedule))
+            assert search.reference is not None
+            worst = 1.0 - search.reference.accuracy
+            best = replay.attained(everything, worst).hypervolume
+            cuts = [(text, n) for text in trained for n in range(len(replay.marks))]
+            hindsight = replay.attained(cuts, worst).hypervolume / best
+            estimate = np.array([search.accuracy(replay.evaluation(one, seed)) for one in trained])
+            reported = replay.attained(replay.chosen(trained, estimate), worst).hypervolume / best
+            for confidence in CONFIDENCES:
+                claimed = search.certificate(confidence).hypervolume_ratio
+                runs.setdefault((count, confidence), []).append((claimed, reported, hindsight))
+    print(
+        "certificates: ratio claimed, true ratio reported and trained (medians), share of runs they hold in"
+    )
+    rows = []
+    for (count, confidence), own in runs.items():
+        claimed, reported, hindsight = np.array(own).T
+        rows.append(
+            {
+                "trainings": count,
+                "confidence": confidence,
+                "claimed": claimed.round(5).tolist(),
+                "reported": reported.round(5).tolist(),
+                "trained": hindsight.round(5).tolist(),
+                "holds_reported": float(np.mean(reported >= claimed)),
+                "holds_trained": float(np.mean(hindsight >= claimed)),
+            }
+        )
+        print(
+            f"  {count} trainings, confidence {confidence:g}: claimed {np.median(claimed):.3f}, "
+            f"reported {np.median(reported):.3f} (holds in {rows[-1]['holds_reported']:.0%}), "
+            f"trained {np.median(hindsight):.3f} ({rows[-1]['holds_trained']:.0%})"
+        )
     return rows
 
 
@@ -440,6 +611,9 @@ def main() -> None:
     print("true hypervolume ratio after so many trainings, median (quartiles)")
     rows = measure(replay, size, chosen.only)
     result: dict[str, Any] = {"all_trained_once": blurred, "searches": rows}
+    if "ours" in rows:
+        result["stop_early"] = measure_stops(replay, size)
+        result["certificate"] = measure_certificates(replay, size)
     if {"ours", "pymoo NSGA-II"} <= rows.keys():
         for measured in ("reported", "trained"):
             theirs = rows["pymoo NSGA-II"][measured]["median"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,8 @@ from pwff_solvers.front import knee, nondominated
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DRAWS = 500
 """Of accuracies, for the probability that a point belongs to the front: a standard error of 0.02."""
@@ -51,8 +54,10 @@ class Front:
     A front that was confirmed has three columns more. Its schedules were trained again with fresh
     seeds, which chose nothing: accuracy_confirmed is their mean test accuracy, accuracy_confirmed_error
     the half width of its 95 % interval, by the variance between seeds, pooled over schedules;
-    probability_nondominated the share of draws from those normal distributions in which no other point of
-    the front is better in energy, delay and accuracy. What data were drawn is the same for all seeds.
+    probability_nondominated the share of draws of all accuracies in which no other point of the front
+    is better in energy, delay and accuracy. In them, cuts of one training err together as far as they
+    did with the fresh seeds. One fresh seed says nothing of errors (NaN), and where all failed, nothing
+    at all. What data were drawn is the same for all seeds.
     """
 
     points: pd.DataFrame
@@ -89,6 +94,8 @@ def pareto_front(
     trainings: int,
     confirm: int = 0,
     progress: Callable[[Progress], None] = lambda _: None,
+    executor: Executor | None = None,
+    batch: int = 1,
 ) -> Front:
     """Search for the front of total energy, total delay and error over schedules.
 
@@ -108,7 +115,14 @@ def pareto_front(
         How much to train, in schedules of ``training.rounds`` rounds. One that is stopped early, or
         begins like one that was trained, costs only the rounds that are new.
     progress : callable
-        Told before every training and every test.
+        Told before every training and every test is handed out.
+    executor : concurrent.futures.Executor
+        Where the evaluator trains and tests: a pool of threads for one that talks to other machines,
+        dask's ``client.get_executor()``, and so on; in this thread if not given. Several workers use
+        the evaluator at once, and one must find what another has trained.
+    batch : int
+        How many schedules are chosen at a time, to be trained side by side. The front depends on it,
+        since a choice then knows less, but not on which training is done first.
 
     Raises
     ------
@@ -117,16 +131,22 @@ def pareto_front(
     """
     if trainings < 1:
         raise DecisionError(f"trainings must be at least 1, got {trainings}")
+    if batch < 1:
+        raise DecisionError(f"batch must be at least 1, got {batch}")
+    executor = executor or _Here()
     planner = Planner(scenario, evaluator.workload)
     searcher = SEARCHERS[scenario.search.method](planner)
-    budget = _Rounds(trainings * scenario.training.rounds)
+    budget = _Rounds(trainings, scenario.training.rounds)
     found: list[tuple[Evaluation, Curve]] = []
-    while budget.left > 0 and (schedule := searcher.ask()) is not None:
-        progress(budget.progress(str(schedule)))
-        evaluation = _trained(schedule, evaluator, searcher, scenario)
-        budget.spend(evaluation)
-        searcher.tell(schedule, evaluation)
-        found.append((evaluation, planner.curve(evaluation.schedule)))
+    while asked := searcher.ask(min(batch, budget.trainings_left)):
+        for schedule in asked:
+            progress(budget.progress(str(schedule)))
+        for schedule, evaluation in zip(
+            asked, _trained(asked, evaluator, searcher, scenario, executor), strict=True
+        ):
+            budget.spend(evaluation)
+            searcher.tell(schedule, evaluation)
+            found.append((evaluation, planner.curve(evaluation.schedule)))
     progress(budget.progress(""))
     tables = [
         candidates(evaluation, curve, searcher.accuracy(evaluation), scenario.thresholds)
@@ -136,9 +156,9 @@ def pareto_front(
     if not len(points):
         raise InfeasibleError(_nothing_acceptable(scenario.thresholds, found))
     points = points[nondominated(objectives(points))].reset_index(drop=True)
-    points = _tested(points, evaluator, scenario, progress)
+    points = _tested(points, evaluator, scenario, progress, executor)
     if confirm:
-        points = _confirmed(points, evaluator, scenario, confirm, progress)
+        points = _confirmed(points, evaluator, scenario, confirm, progress, executor)
     return Front(
         points=points,
         evaluations=tuple(evaluation for evaluation, _ in found),
@@ -152,8 +172,8 @@ def pareto_front(
 class _Rounds:
     """What is left to train: a round that begins like one trained before is free."""
 
-    def __init__(self, total: int) -> None:
-        self._total = total
+    def __init__(self, trainings: int, rounds: int) -> None:
+        self._total, self._rounds = trainings * rounds, rounds
         self._trained: set[str] = set()
 
     @property
@@ -161,8 +181,9 @@ class _Rounds:
         return len(self._trained)
 
     @property
-    def left(self) -> int:
-        return self._total - self.spent
+    def trainings_left(self) -> int:
+        """Schedules, the last of which may need more rounds than are left."""
+        return max(0, -((self.spent - self._total) // self._rounds))
 
     def spend(self, evaluation: Evaluation) -> None:
         whole = evaluation.schedule
@@ -174,16 +195,65 @@ class _Rounds:
         )
 
 
+class _Here(Executor):
+    """Does what is submitted at once, in this thread."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
 def _trained(
-    schedule: Schedule, evaluator: Evaluator, searcher: Searcher, scenario: Scenario
-) -> Evaluation:
-    """Train a schedule, with ``search.stop_early`` only as far as it is worth it."""
+    schedules: Sequence[Schedule],
+    evaluator: Evaluator,
+    searcher: Searcher,
+    scenario: Scenario,
+    executor: Executor,
+) -> list[Evaluation]:
+    """Train schedules side by side, with ``search.stop_early`` each only as far as it is worth it.
+
+    Whether one goes on depends on what was told before all of them, not on which is done first.
+    """
     marks = scenario.training.validated if scenario.search.stop_early else ()
-    for cut in [mark for mark in marks if mark < len(schedule)]:
-        begun = _tried_twice(schedule.prefix(cut), evaluator)
-        if begun.status == "failed" or not searcher.worth_going_on(schedule, begun):
-            return begun
-    return _tried_twice(schedule, evaluator)
+    cuts = [[mark for mark in marks if mark < len(one)] + [len(one)] for one in schedules]
+    running: dict[Future[Evaluation], int] = {}
+    done: dict[int, Evaluation] = {}
+
+    def go_on(number: int) -> None:
+        cut = schedules[number].prefix(cuts[number].pop(0))
+        running[executor.submit(_tried_twice, cut, evaluator)] = number
+
+    try:
+        for number in range(len(schedules)):
+            go_on(number)
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number = running.pop(future)
+                done[number] = so_far = future.result()
+                if (
+                    cuts[number]
+                    and so_far.status == "done"
+                    and searcher.worth_going_on(schedules[number], so_far)
+                ):
+                    go_on(number)
+    finally:
+        _cancel(running)
+    return [done[number] for number in range(len(schedules))]
+
+
+def _results(futures: Sequence[Future[T]]) -> list[T]:
+    """Return the results, in order."""
+    try:
+        return [future.result() for future in futures]
+    finally:
+        _cancel(futures)
+
+
+def _cancel(futures: Iterable[Future[Any]]) -> None:
+    """Let go of what has not begun, where one of several went wrong."""
+    for future in futures:
+        future.cancel()
 
 
 def _tried_twice(schedule: Schedule, evaluator: Evaluator) -> Evaluation:
@@ -206,13 +276,15 @@ def _tested(
     evaluator: Evaluator,
     scenario: Scenario,
     progress: Callable[[Progress], None],
+    executor: Executor,
 ) -> pd.DataFrame:
     """Return the front with the accuracy on test data, its order, and the knee marked."""
     schedules = list(dict.fromkeys(points["schedule"]))
-    tests = {}
+    futures = []
     for done, text in enumerate(schedules):
         progress(Progress(stage="test", done=done, total=len(schedules), text=text))
-        tests[text] = np.array(evaluator.test(_parsed(text, scenario)))
+        futures.append(executor.submit(evaluator.test, _parsed(text, scenario)))
+    tests = dict(zip(schedules, map(np.array, _results(futures)), strict=True))
     progress(Progress(stage="test", done=len(schedules), total=len(schedules), text=""))
     accuracy = [tests[text] for text in points["schedule"]]
     tested = points.assign(
@@ -242,51 +314,155 @@ def _confirmed(
     scenario: Scenario,
     seeds: int,
     progress: Callable[[Progress], None],
+    executor: Executor,
 ) -> pd.DataFrame:
     """Return the front with what trainings with fresh seeds make of it."""
     schedules = list(dict.fromkeys(points["schedule"]))
-    # The longest first: cut earlier, a schedule has then been trained too.
-    longest = sorted(schedules, key=lambda text: -len(_parsed(text, scenario)))
-    scores: dict[str, list[float]] = {text: [] for text in schedules}
+    parsed = [_parsed(text, scenario) for text in schedules]
+    training = _trainings(parsed)
     total = seeds * len(schedules)
+    tasks: list[tuple[int, IntArray]] = []
+    futures = []
     for number in range(seeds):
         fresh = evaluator.with_seed(scenario.seeds.training + 1 + number)
-        for before, text in enumerate(longest):
-            done = number * len(schedules) + before
-            progress(Progress(stage="confirm", done=done, total=total, text=text))
-            schedule = _parsed(text, scenario)
-            if _tried_twice(schedule, fresh).status == "done":
-                scores[text].append(float(np.mean(fresh.test(schedule))))
+        for whole in dict.fromkeys(training.tolist()):
+            # The whole first: cut earlier, it has then been trained too.
+            own = np.flatnonzero(training == whole)
+            own = own[np.argsort([-len(parsed[cut]) for cut in own], kind="stable")]
+            done = sum(len(before) for _, before in tasks)
+            progress(Progress(stage="confirm", done=done, total=total, text=schedules[whole]))
+            tasks.append((number, own))
+            futures.append(executor.submit(_scores, [parsed[cut] for cut in own], fresh))
+    scores = np.empty((seeds, len(schedules)))
+    for (number, own), values in zip(tasks, _results(futures), strict=True):
+        scores[number, own] = values
     progress(Progress(stage="confirm", done=total, total=total, text=""))
-    counts = np.array([len(scores[text]) for text in schedules])
-    means = np.array([np.mean(scores[text]) if scores[text] else np.nan for text in schedules])
-    freedom = int(np.maximum(counts - 1, 0).sum())
-    squares = sum(
-        float(np.square(np.subtract(own, np.mean(own))).sum()) for own in scores.values() if own
-    )
-    std = np.sqrt(squares / freedom) if freedom else np.nan
-    error = std / np.sqrt(np.maximum(counts, 1))
+    spread = _Spread.of(scores, training)
     place = points["schedule"].map({text: n for n, text in enumerate(schedules)}).to_numpy()
     return points.assign(
-        accuracy_confirmed=means[place],
-        accuracy_confirmed_error=(t.ppf(0.975, freedom) if freedom else np.nan) * error[place],
-        probability_nondominated=_probability(points, means, error, place, scenario),
+        accuracy_confirmed=spread.mean[place],
+        accuracy_confirmed_error=spread.half_width[place],
+        probability_nondominated=_probability(points, spread, place, scenario),
     )
+
+
+def _scores(cuts: Sequence[Schedule], evaluator: Evaluator) -> list[float]:
+    """Return the mean test accuracy of every cut, NaN where its training failed."""
+    return [
+        float(np.mean(evaluator.test(cut)))
+        if _tried_twice(cut, evaluator).status == "done"
+        else np.nan
+        for cut in cuts
+    ]
+
+
+def _trainings(schedules: Sequence[Schedule]) -> IntArray:
+    """Return for every schedule the longest that begins with it: they share a training."""
+    longest = sorted(range(len(schedules)), key=lambda n: -len(schedules[n]))
+    return np.array(
+        [next(n for n in longest if schedules[n].prefix(len(one)) == one) for one in schedules]
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Spread:
+    r"""What trainings with several seeds say of the accuracies of cuts.
+
+    The error of a cut with one seed is taken to be the sum of what that seed does to all trainings, to
+    all cuts of one training, and to the cut alone: normal, and of the same sizes everywhere. Products
+    of residuals, pooled over pairs of cuts, estimate the variances (negative estimates count as 0).
+
+    The variance of a cut has, by Satterthwaite (Biometrics Bulletin 2, 1946), about
+    :math:`(\sum_c f_{cc})^2 / \sum_{cd} \rho_{cd}^2 f_{cd}` degrees of freedom, where
+    :math:`f_{cd}` are those of a pair and :math:`\rho_{cd}` is its correlation: cuts that err together
+    say the same thing twice.
+    """
+
+    mean: FloatArray
+    """[cut]; NaN where no seed succeeded."""
+    seeds: IntArray
+    """[cut]: how many succeeded."""
+    training: IntArray
+    """[cut]: which training it belongs to."""
+    common: float
+    """Variance of what a seed does to all trainings."""
+    together: float
+    """Of what it does to all cuts of a training."""
+    alone: float
+    """Of what it does to a cut."""
+    freedom: float
+    """0 where no cut has two seeds."""
+
+    @classmethod
+    def of(cls, scores: FloatArray, training: IntArray) -> _Spread:
+        """Return what scores [seed, cut] say, NaN where a training failed."""
+        there = np.isfinite(scores)
+        seeds = there.sum(axis=0)
+        known = np.where(there, scores, 0.0)
+        mean = np.where(seeds > 0, known.sum(axis=0) / np.maximum(seeds, 1), np.nan)
+        rest = np.where(there, known - mean, 0.0)
+        products = rest.T @ rest
+        # The means took one degree of freedom.
+        pairs = np.maximum(there.T.astype(float) @ there - 1.0, 0.0)
+        same = np.eye(len(training), dtype=bool)
+        alike = (training[:, None] == training) & ~same
+        apart = ~alike & ~same
+        common, own, whole = (
+            float(products[which].sum() / max(pairs[which].sum(), 1.0))
+            for which in (apart, alike, same)
+        )
+        common = min(max(common, 0.0), whole)
+        own = min(max(own, common), whole)
+        covariance = common * apart + own * alike + whole * same
+        correlation = covariance / whole if whole > 0 else same
+        return cls(
+            mean=mean,
+            seeds=seeds,
+            training=training,
+            common=common,
+            together=own - common,
+            alone=whole - own,
+            freedom=float(np.trace(pairs) ** 2 / max((correlation**2 * pairs).sum(), 1.0)),
+        )
+
+    @property
+    def half_width(self) -> FloatArray:
+        """Half the 95 % interval of the mean, [cut]; NaN where nothing says how seeds differ."""
+        if not self.freedom:
+            return np.full(len(self.mean), np.nan)
+        std = np.sqrt(self.common + self.together + self.alone)
+        error = std / np.sqrt(np.maximum(self.seeds, 1))
+        return np.where(self.seeds > 0, t.ppf(0.975, self.freedom) * error, np.nan)
+
+    def draws(self, count: int, rng: np.random.Generator) -> FloatArray:
+        """Return accuracies as they may be, [draw, cut]: multivariate t around the means."""
+        shape = count, len(self.mean)
+        error = (
+            np.sqrt(self.common) * rng.standard_normal((count, 1))
+            + np.sqrt(self.together) * rng.standard_normal(shape)[:, self.training]
+            + np.sqrt(self.alone) * rng.standard_normal(shape)
+        )
+        size = np.sqrt(self.freedom / rng.chisquare(self.freedom, (count, 1)))
+        return np.asarray(self.mean + size * error / np.sqrt(np.maximum(self.seeds, 1)))
 
 
 def _probability(
-    points: pd.DataFrame, means: FloatArray, error: FloatArray, place: IntArray, scenario: Scenario
+    points: pd.DataFrame, spread: _Spread, place: IntArray, scenario: Scenario
 ) -> FloatArray:
-    """Return how often a point is not dominated when accuracies vary as they seem to, [point]."""
-    if not np.isfinite(means).all() or not np.isfinite(error).all():
-        return np.full(len(points), np.nan)
-    rng = stream(scenario.seeds.search, "confirm")
-    values = objectives(points)
-    kept = np.zeros(len(points))
-    for _ in range(DRAWS):
-        values[:, 2] = 1.0 - (means + error * rng.standard_normal(len(means)))[place]
-        kept += nondominated(values)
-    return kept / DRAWS
+    """Return how often a point is not dominated when accuracies vary as they seem to, [point].
+
+    NaN where no seed succeeded: those points compete with none.
+    """
+    share = np.full(len(points), np.nan)
+    there = np.isfinite(spread.half_width[place])
+    values = objectives(points)[there]
+    kept = np.zeros(len(values))
+    if len(values):
+        for accuracy in spread.draws(DRAWS, stream(scenario.seeds.search, "confirm")):
+            values[:, 2] = 1.0 - accuracy[place[there]]
+            kept += nondominated(values)
+    share[there] = kept / DRAWS
+    return share
 
 
 def _parsed(text: str, scenario: Scenario) -> Schedule:

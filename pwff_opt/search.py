@@ -7,10 +7,10 @@ is modelled, and a training is chosen by what it is expected to add to the front
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
+from typing import Literal, Protocol
 
 import moocore
 import numpy as np
@@ -18,8 +18,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pwff_opt.decision import LayerState, RoundDecision, Schedule
-from pwff_opt.errors import DecisionError
-from pwff_opt.evaluation import Evaluation
+from pwff_opt.errors import DecisionError, InfeasibleError
+from pwff_opt.evaluation import Evaluation, TrainedRound
 from pwff_opt.planning import Curve, Planner
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Thresholds
@@ -32,10 +32,16 @@ Genome = NDArray[np.int64]
 CELLS = 64
 """Of log energy, in which areas of the energy-delay plane are measured."""
 ENUMERABLE = 30_000
-"""Genomes: up to so many, every schedule is a candidate; beyond, an evolution proposes them."""
-EVOLUTION = (50, 8)
-"""Population and generations of that evolution, which costs no training."""
-CONFIDENCE = 2.0
+"""Up to so many genomes every schedule is a candidate, and up to so many kinds one of every kind is."""
+POPULATION = 50
+"""Of the evolution that proposes candidates beyond that, which costs no training."""
+GENERATIONS = 8
+"""Of that evolution, for a training."""
+SEARCHED = 80
+"""Of that evolution, for a certificate."""
+SETTLED = 4
+"""Trainings between searches for hyperparameters, which are the dear part, and settle."""
+CONFIDENCE = 3.0
 """Standard deviations of optimism with which a training must be dominated to be stopped."""
 
 
@@ -51,7 +57,7 @@ class Reference:
 
     @classmethod
     def of(cls, planner: Planner, first: Sequence[Evaluation]) -> Reference:
-        """Return the thresholds; in place of those not given, what costs most and what scores least.
+        """Return the thresholds; in place of those not given, what all layers cost and what scores least.
 
         ``first``: the evaluations of the first generation.
         """
@@ -90,9 +96,9 @@ class Reference:
         )
         if missing:
             sentence += (
-                f"; [thresholds] {', '.join(missing)} not given, so the dearest schedule and the least "
-                "accurate one of the first generation stand for what you would accept: give them, and "
-                "no training is spent where you would not go"
+                f"; [thresholds] {', '.join(missing)} not given, so what training all layers costs (as far "
+                "as they fit into memory) and the least accuracy of the first generation stand for what "
+                "you would accept: give them, and no training is spent where you would not go"
             )
         return cls(
             energy_j=values["energy_max_j"],
@@ -103,19 +109,22 @@ class Reference:
 
 
 class Searcher(Protocol):
-    """Proposes schedules to train, one at a time."""
+    """Proposes schedules to train. What it proposes depends on what it was told, in what order."""
 
     reference: Reference | None
     """What improvements are measured from, where and when that is known."""
 
-    def ask(self) -> Schedule | None:
-        """Return the next schedule; None when there is none left."""
+    def ask(self, count: int = 1) -> list[Schedule]:
+        """Return the next schedules, at most ``count``; none when there is none left.
+
+        All of them are to be told, in their order, before the next are asked for.
+        """
 
     def tell(self, schedule: Schedule, evaluation: Evaluation) -> None:
         """Take what was trained of the schedule: all of its rounds, or the first ones."""
 
     def worth_going_on(self, schedule: Schedule, so_far: Evaluation) -> bool:
-        """Return whether a training that stands after ``so_far`` should go on."""
+        """Return whether a training that stands after ``so_far`` should go on, by what was told."""
 
     def accuracy(self, evaluation: Evaluation) -> FloatArray:
         """Return what it takes the mean accuracy to be after every round validated, [mark]."""
@@ -139,6 +148,32 @@ def features(schedule: Schedule) -> FloatArray:
     return np.column_stack([np.log2(rounds), means]) / 3.0
 
 
+def kinds(planner: Planner) -> Iterator[Schedule]:
+    """Yield one schedule of every kind that has one decision for all rounds.
+
+    Neither costs nor :func:`features` know more of a decision than its ranks and how deep, in how many
+    layers, and in how many aggregated ones it trains: the layers of a language model are alike.
+    """
+    codec = planner.codec
+    allowed = {LayerState[name.upper()] for name in codec.space.layer_states}
+    genes = 1 if codec.space.rank_scope == "common" else codec.devices
+    for deep in range(codec.layers + 1):
+        for trained in range(min(1, deep), deep + 1):
+            for aggregated in range(trained + 1):
+                states = (
+                    (LayerState.FROZEN,) * (codec.layers - deep)
+                    + (LayerState.AGGREGATED,) * aggregated
+                    + (LayerState.PERSONAL,) * (trained - aggregated)
+                    + (LayerState.FROZEN,) * (deep - trained)
+                )
+                if set(states) <= allowed:
+                    for ranks in product(codec.space.ranks, repeat=genes):
+                        decision = RoundDecision(
+                            ranks=ranks * (codec.devices // genes), states=states
+                        )
+                        yield planner.repaired(Schedule(rounds=(decision,) * codec.rounds))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
     """How far a front may be from that of all schedules, in log10 energy, log10 delay and error."""
@@ -149,9 +184,12 @@ class Certificate:
     """By how much every coordinate of the front found must improve to dominate what is hoped for."""
     igd_plus: float
     """Mean distance by which points hoped for are not dominated."""
-    untrained: int
+    hoped_for: int
+    """Schedules, or kinds of them, that were not trained to the end."""
+    scope: Literal["all", "kinds", "searched"]
+    """Whether those are all there are, one of every kind (see :func:`kinds`), or what a search has found."""
     confidence: float
-    """Standard deviations that untrained schedules are hoped to be better than modelled."""
+    """Standard deviations that they are hoped to be better than modelled."""
     cells: int
     """Of log energy, that areas are measured in."""
     cell_width: float
@@ -164,15 +202,21 @@ class Certificate:
         hoped: Attained,
         edges: FloatArray,
         *,
-        untrained: int,
+        hoped_for: int,
+        scope: Literal["all", "kinds", "searched"],
         confidence: float,
     ) -> Certificate:
+        """Compare what is found with what is hoped for, which must be something."""
         ours, theirs = found.points(edges), hoped.points(edges)
+        something = len(ours) > 0
         return cls(
             hypervolume_ratio=found.hypervolume / hoped.hypervolume,
-            epsilon_additive=float(moocore.epsilon_additive(ours, ref=theirs)),
-            igd_plus=float(moocore.igd_plus(ours, ref=theirs)),
-            untrained=untrained,
+            epsilon_additive=(
+                float(moocore.epsilon_additive(ours, ref=theirs)) if something else np.inf
+            ),
+            igd_plus=float(moocore.igd_plus(ours, ref=theirs)) if something else np.inf,
+            hoped_for=hoped_for,
+            scope=scope,
             confidence=confidence,
             cells=len(edges) - 1,
             cell_width=float(edges[1] - edges[0]),
@@ -186,12 +230,18 @@ class Certificate:
             f"IGD+ {self.igd_plus:.2e} (log10 J, log10 s, error; {self.cells} cells of "
             f"{self.cell_width:.3f} in log10 J)"
         )
-        if not self.untrained:
+        if not self.hoped_for and self.scope == "all":
             return f"every schedule was trained, so the front is that of the space: {figures}"
+        hoped_for = {
+            "all": f"all {self.hoped_for} schedules that were not trained to the end are",
+            "kinds": f"all schedules ({self.hoped_for} kinds: layers count by how many are trained, how "
+            "deep, and how many aggregated) that were not trained to the end are",
+            "searched": f"{self.hoped_for} schedules, which an evolution found in search of the most to "
+            "hope for (a search and no bound: the space is too large to go through), are",
+        }[self.scope]
         return (
-            f"against a front on which all {self.untrained} schedules that were not trained are "
-            f"{self.confidence:g} standard deviations more accurate than the model of accuracy has them: "
-            f"{figures}. It is as good as that model, and no proof"
+            f"against a front on which {hoped_for} {self.confidence:g} standard deviations more accurate "
+            f"than the model of accuracy has them: {figures}. It is as good as that model, and no proof"
         )
 
 
@@ -214,9 +264,13 @@ class Surrogate:
     improvement has a closed form (:func:`pwff_solvers.surrogate.expected_improvement`).  The front it
     is measured against has the process's accuracies, not the measured ones: the best of many noisy
     measurements is mostly luck.  The first generation are plain ways to fine-tune; after it, one pick in
-    ``search.explore_every`` is the candidate farthest from all that is trained.
+    ``search.explore_every`` is the candidate farthest from all that is trained.  Asked for several, it
+    believes that each will turn out as modelled, and picks the next (kriging believer; Ginsbourger, Le
+    Riche and Carraro 2010).
 
-    Candidates are all schedules where the space is small; else an evolution proposes them anew each time.
+    Candidates are all schedules where the space is small, else one of every kind (:func:`kinds`) where
+    a schedule has one phase, else what an evolution proposes anew each time; of them, those that
+    thresholds do not rule out.
     """
 
     def __init__(self, planner: Planner) -> None:
@@ -227,20 +281,38 @@ class Surrogate:
         self._decoded: dict[bytes, Schedule] = {}
         self._first = list(dict.fromkeys(map(self._fitting, planner.first_generation())))
         self._done: dict[str, tuple[Schedule, Evaluation]] = {}
-        self._process, self._learned = GaussianProcess(features=5), 0
+        self._process = GaussianProcess(features=5)
+        self._searched = 0
+        """How many trainings there were at the last search for hyperparameters."""
+        self._stale = True
+        """Whether the process has learned from something else than what was told."""
         self._candidates: dict[str, _Candidate] = {}
-        self._everything: list[Schedule] = []
-        self._small = float(np.prod(planner.codec.cardinalities.astype(float))) <= ENUMERABLE
+        self._all: list[Schedule] = []
+        self._scope = self._scope_of(planner)
         self.reference: Reference | None = None
         self._edges = np.zeros(0)
 
-    def ask(self) -> Schedule | None:
-        for schedule in self._first:
-            if str(schedule) not in self._done:
-                return schedule
+    def ask(self, count: int = 1) -> list[Schedule]:
+        first = [one for one in self._first if str(one) not in self._done]
+        if first:
+            return first[:count]
         if self.reference is None:
             self._measure()
-        self._learn()
+        asked: list[Schedule] = []
+        for _ in range(count):
+            self._learn(search=not asked)
+            schedule = self._next()
+            if schedule is None:
+                break
+            asked.append(schedule)
+            self._done[str(schedule)] = schedule, self._believed(schedule)
+        for schedule in asked:
+            del self._done[str(schedule)]
+        self._stale = True
+        return asked
+
+    def _next(self) -> Schedule | None:
+        """Return the schedule to train next, by what is known or believed."""
         number = len(self._done) - len(self._first)
         pool = self._pool(number)
         if not pool:
@@ -248,33 +320,47 @@ class Surrogate:
         every = self._settings.explore_every
         explores = every > 0 and number % every == every - 1
         merit = self._distances(pool) if explores else self._gains(pool)
+        if not merit.any():  # nothing is to be gained, as far as the model goes
+            merit = self._distances(pool)
         return pool[int(merit.argmax())].schedule
 
+    def _believed(self, schedule: Schedule) -> Evaluation:
+        """Return what the training of a schedule will give if the model is right."""
+        mean, _ = self._process.predict(self._candidate(schedule).features)
+        at = dict(zip(self._marks, mean, strict=True))
+        rounds = tuple(
+            TrainedRound(loss=(), accuracy=(at[n],) if n in at else (), uplink_bit=())
+            for n in range(1, len(schedule) + 1)
+        )
+        return Evaluation(key="", schedule=schedule, rounds=rounds, wall_s=0.0)
+
     def tell(self, schedule: Schedule, evaluation: Evaluation) -> None:
-        self._done[str(schedule)] = schedule, evaluation
+        # The first rounds of a schedule stand for the one that goes on like their last.
+        whole = Schedule(
+            rounds=schedule.rounds
+            + schedule.rounds[-1:] * (self._planner.codec.rounds - len(schedule))
+        )
+        known = self._done.get(str(whole))
+        if known is None or len(known[1].rounds) <= len(evaluation.rounds):
+            self._done[str(whole)] = whole, evaluation
+        self._stale = True
 
     def worth_going_on(self, schedule: Schedule, so_far: Evaluation) -> bool:
         """Return False if no later round could help, were it CONFIDENCE deviations better than modelled."""
         if self.reference is None:
             return True
         key = str(schedule)
-        self.tell(schedule, so_far)
+        self._done[key] = schedule, so_far
         self._learn(search=False)
-        candidate = self._candidate(schedule)
-        mean, std = self._process.predict(candidate.features)
         later = np.array(self._marks) > len(so_far.rounds)
-        gain = expected_improvement(
-            self._attained(),
-            candidate.curves[None, later],
-            1.0 - (mean + CONFIDENCE * std)[None, later],
-            np.zeros((1, int(later.sum()))),
-        )
+        gain = self._optimistic_gains([self._candidate(schedule)], CONFIDENCE, later)
         del self._done[key]
+        self._stale = True
         return bool(gain[0] > 0)
 
     def accuracy(self, evaluation: Evaluation) -> FloatArray:
-        if self._learned != len(self._done):
-            self._learn(search=False)
+        if self._stale:
+            self._learn(search=not self._searched)
         marks = [n for n, entry in enumerate(evaluation.rounds) if entry.accuracy]
         return (
             self._process.predict(features(evaluation.schedule)[marks])[0] if marks else np.zeros(0)
@@ -283,60 +369,112 @@ class Surrogate:
     def certificate(self, confidence: float) -> Certificate:
         """Return how far what is trained may be from the front of all schedules.
 
-        Those that were not trained count with an accuracy ``confidence`` standard deviations above the
-        model's, all at once; those that were, with the model's.
+        What was not trained, or not to the end, counts with an accuracy ``confidence`` standard
+        deviations above the model's, all at once; what was, with the model's. No schedule is left
+        out, but in spaces of several phases that are too large to go through: there an evolution
+        searches for those that would add most.
 
         Raises
         ------
         DecisionError
-            If the space is too large to go through.
+            If nothing was trained.
+        InfeasibleError
+            If nothing is within the thresholds, not even hoped for.
         """
-        if not self._small:
-            raise DecisionError(
-                f"a space of at most {ENUMERABLE} genomes can be certified, this has "
-                f"{np.prod(self._planner.codec.cardinalities.astype(float)):.3g}; fewer "
-                "decisions.ranks, layer_states or phases make it smaller"
-            )
-        if self.reference is None:
-            self._measure()
-        self._learn()
-        rest = self._pool(0)
+        if not any(done.status == "done" for _, done in self._done.values()):
+            raise DecisionError("a certificate needs at least 1 training that did not fail, got 0")
+        reference = self.reference or self._measure()
+        self._learn(search=True)
+        begun = [
+            (self._candidate(schedule), np.array(self._marks) > len(done.rounds))
+            for schedule, done in self._done.values()
+        ]
+        hopes = [(one.curves, one.features) for one in self._hopes(confidence)]
+        hopes += [(one.curves[left], one.features[left]) for one, left in begun if left.any()]
         found = self._attained()
-        if not rest:
-            return Certificate.of(found, found, self._edges, untrained=0, confidence=confidence)
-        rows = np.concatenate([one.features for one in rest])
-        mean, std = self._process.predict(rows)
-        hoped = self._attained(
-            np.concatenate([one.curves for one in rest]), 1.0 - (mean + confidence * std)
+        if not hopes:
+            hoped = found
+        else:
+            mean, std = self._process.predict(np.concatenate([rows for _, rows in hopes]))
+            hoped = self._attained(
+                np.concatenate([curves for curves, _ in hopes]), 1.0 - (mean + confidence * std)
+            )
+        if not hoped.hypervolume > 0:
+            raise InfeasibleError(
+                f"some schedule must lie within the corner, were it {confidence:g} standard deviations "
+                f"more accurate than modelled, got none: {reference.sentence}"
+            )
+        return Certificate.of(
+            found,
+            hoped,
+            self._edges,
+            hoped_for=len(hopes),
+            scope=self._scope,
+            confidence=confidence,
         )
-        return Certificate.of(found, hoped, self._edges, untrained=len(rest), confidence=confidence)
 
-    def _measure(self) -> None:
-        """Fix the corner and the cells that areas are measured in."""
-        self.reference = Reference.of(self._planner, [done for _, done in self._done.values()])
-        lowest = min(float(self._planner.curve(one).energy_j.min()) for one in self._first)
-        self._edges = np.linspace(np.log10(lowest), np.log10(self.reference.energy_j), CELLS + 1)
+    def _hopes(self, confidence: float) -> list[_Candidate]:
+        """Return candidates that what was not trained may be as good as."""
+        if self._scope == "searched":
+            return self._evolved(
+                lambda some: self._optimistic_gains(some, confidence),
+                number=0,
+                generations=SEARCHED,
+            )
+        pool = self._pool(0)
+        # Of a kind that is trained, there are other schedules.
+        return self._known(self._all) if self._scope == "kinds" else pool
 
-    def _learn(self, *, search: bool = True) -> None:
-        """Fit the process to all measurements."""
-        self._learned = len(self._done)
-        rows, values = [], []
+    def _measure(self) -> Reference:
+        """Fix the corner, and the cells that areas are measured in."""
+        first = [self._done[key][1] for one in self._first if (key := str(one)) in self._done]
+        corner = Reference.of(self._planner, first or [done for _, done in self._done.values()])
+        lowest = min(float(curve.energy_j.min()) for curve in self._planner.curves(self._cheapest))
+        # Where nothing is that cheap, cells have a width all the same.
+        lowest = min(lowest, 0.5 * corner.energy_j)
+        self._edges = np.linspace(np.log10(lowest), np.log10(corner.energy_j), CELLS + 1)
+        self.reference = corner
+        return corner
+
+    @property
+    def _cheapest(self) -> list[Schedule]:
+        """Schedules among which is the cheapest: one state in all layers, the least rank."""
+        codec = self._planner.codec
+        ranks = (min(codec.space.ranks),) * codec.devices
+        plain = [
+            RoundDecision(ranks=ranks, states=(LayerState[name.upper()],) * codec.layers)
+            for name in codec.space.layer_states
+        ]
+        return self._first + [
+            self._planner.repaired(Schedule(rounds=(decision,) * codec.rounds))
+            for decision in plain
+        ]
+
+    def _learn(self, *, search: bool) -> None:
+        """Fit the process to all measurements; ``search`` for hyperparameters too, when it is time."""
+        # Schedules that begin alike share the training of those rounds: it was measured once.
+        measured: dict[str, tuple[FloatArray, float]] = {}
         for schedule, evaluation in self._done.values():
             own = features(schedule)
             for number, entry in enumerate(evaluation.rounds):
                 if entry.accuracy:
-                    rows.append(own[number])
-                    values.append(float(np.mean(entry.accuracy)))
+                    cut = str(schedule.prefix(number + 1))
+                    measured[cut] = own[number], float(np.mean(entry.accuracy))
+        for schedule, evaluation in self._done.values():
             if evaluation.status == "failed" and self.reference is not None:
                 # Worthless, as far as the search is concerned, and so probably is what is like it.
-                rows += [own[mark - 1] for mark in self._marks]
-                values += [self.reference.accuracy] * len(self._marks)
-        if not rows:
+                own = features(schedule)
+                for mark in self._marks:
+                    worthless = own[mark - 1], self.reference.accuracy
+                    measured.setdefault(str(schedule.prefix(mark)), worthless)
+        self._stale = False
+        if not measured:
             return
-        # The search for hyperparameters is the dear part, and they settle.
-        self._process.fit(
-            np.array(rows), np.array(values), search=search and len(self._done) & 3 == 0
-        )
+        due = not self._searched or len(self._done) - self._searched >= SETTLED
+        if search and due:
+            self._searched = len(self._done)
+        rows, values = zip(*measured.values(), strict=True)
+        self._process.fit(np.array(rows), np.array(values), search=search and due)
 
     def _attained(
         self, more: FloatArray | None = None, more_errors: FloatArray | None = None
@@ -360,12 +498,27 @@ class Surrogate:
 
     def _gains(self, pool: Sequence[_Candidate]) -> FloatArray:
         """Return the expected improvement of every candidate."""
-        rows = np.concatenate([one.features for one in pool])
-        mean, std = (
-            values.reshape(len(pool), len(self._marks)) for values in self._process.predict(rows)
-        )
-        curves = np.array([one.curves for one in pool])
+        curves, mean, std = self._modelled(pool)
         return expected_improvement(self._attained(), curves, 1.0 - mean, std)
+
+    def _optimistic_gains(
+        self,
+        pool: Sequence[_Candidate],
+        confidence: float,
+        marks: NDArray[np.bool_] | slice = slice(None),
+    ) -> FloatArray:
+        """Return the improvement of every candidate if it is better than modelled, by its ``marks``."""
+        curves, mean, std = self._modelled(pool)
+        errors = (1.0 - (mean + confidence * std))[:, marks]
+        return expected_improvement(
+            self._attained(), curves[:, marks], errors, np.zeros_like(errors)
+        )
+
+    def _modelled(self, pool: Sequence[_Candidate]) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return curves [candidate, mark, cell] and mean and standard deviation of accuracies."""
+        mean, std = self._process.predict(np.concatenate([one.features for one in pool]))
+        shape = len(pool), len(self._marks)
+        return np.array([one.curves for one in pool]), mean.reshape(shape), std.reshape(shape)
 
     def _distances(self, pool: Sequence[_Candidate]) -> FloatArray:
         """Return how far in features every candidate is from the nearest that is trained."""
@@ -393,39 +546,60 @@ class Surrogate:
             )
         return [self._candidates[str(one)] for one in schedules]
 
+    @staticmethod
+    def _scope_of(planner: Planner) -> Literal["all", "kinds", "searched"]:
+        """Return what can be gone through: all schedules, one of every kind, or neither."""
+        codec, space = planner.codec, planner.codec.space
+        if np.prod(codec.cardinalities.astype(float)) <= ENUMERABLE:
+            return "all"
+        ranks = 1 if space.rank_scope == "common" else codec.devices
+        most = float(len(space.ranks)) ** ranks * (codec.layers + 2) ** 3 / 6  # a bound, and near
+        return "kinds" if space.phases == 1 and most <= ENUMERABLE else "searched"
+
     def _pool(self, number: int) -> list[_Candidate]:
         """Return candidates for the next training, none of them trained."""
-        codec = self._planner.codec
-        if self._small:
-            if not self._everything:
-                genomes = product(*map(range, codec.cardinalities))
-                self._everything = self._repaired(np.array(list(genomes)))
-            return self._known([one for one in self._everything if str(one) not in self._done])
-        return self._evolved(
-            stream(self._planner.scenario.seeds.search, "candidates", round=number)
-        )
+        if self._scope == "searched":
+            return self._evolved(self._gains, number=number, generations=GENERATIONS)
+        if not self._all:
+            self._all = (
+                list(dict.fromkeys(kinds(self._planner)))
+                if self._scope == "kinds"
+                else self._repaired(
+                    np.array(list(product(*map(range, self._planner.codec.cardinalities))))
+                )
+            )
+        return self._untrained(self._all)
 
-    def _evolved(self, rng: np.random.Generator) -> list[_Candidate]:
-        """Return what an evolution towards large expected improvement has come across.
+    def _untrained(self, schedules: Sequence[Schedule]) -> list[_Candidate]:
+        """Return the candidates of those that are not trained and not ruled out by what they cost."""
+        candidates = self._known([one for one in schedules if str(one) not in self._done])
+        return [one for one in candidates if (one.curves < self._corner[0]).any()]
+
+    def _evolved(
+        self, merit: Callable[[list[_Candidate]], FloatArray], *, number: int, generations: int
+    ) -> list[_Candidate]:
+        """Return what an evolution towards large ``merit`` has come across.
 
         It starts from what is trained; in every generation the best of all so far, and some of
         chance, are crossed and mutated.
         """
         codec = self._planner.codec
-        count, generations = EVOLUTION
-        parents = np.array([self._genomes[key] for key in self._done])
+        rng = stream(self._planner.scenario.seeds.search, "candidates", round=number)
+        known = [self._genomes[key] for key in self._done if key in self._genomes]
+        parents = np.array(known or list(self._genomes.values()))
         pool: dict[str, _Candidate] = {}
         for _ in range(generations):
-            mates = parents[rng.integers(0, len(parents), (2, count))]
+            mates = parents[rng.integers(0, len(parents), (2, POPULATION))]
             children = mutated(crossed(mates, rng)[0], codec.cardinalities, codec.ordinal, rng)
-            strangers = rng.integers(0, codec.cardinalities, (count // 4, len(codec.cardinalities)))
+            strangers = rng.integers(
+                0, codec.cardinalities, (POPULATION // 4, len(codec.cardinalities))
+            )
             fresh = self._repaired(np.concatenate([children, strangers]))
-            fresh = [one for one in fresh if str(one) not in self._done]
-            pool |= {str(one.schedule): one for one in self._known(fresh)}
+            pool |= {str(one.schedule): one for one in self._untrained(fresh)}
             if not pool:
-                break
+                continue
             keys, found = list(pool), list(pool.values())
-            best = np.argsort(-self._gains(found), kind="stable")[: count // 2]
+            best = np.argsort(-merit(found), kind="stable")[: POPULATION // 2]
             parents = np.array([self._genomes[keys[index]] for index in best])
         return list(pool.values())
 
@@ -461,7 +635,7 @@ class Evolution:
         self._waiting: deque[Schedule] = deque()
         self._answers: list[FloatArray] = []
 
-    def ask(self) -> Schedule | None:
+    def ask(self, count: int = 1) -> list[Schedule]:
         if not self._waiting:
             if self._answers:
                 self._search.tell(self._answers)
@@ -470,7 +644,8 @@ class Evolution:
                 self._planner.repaired(self._planner.codec.decode(genome))
                 for genome in self._search.ask()
             )
-        return self._waiting.popleft() if self._waiting else None
+        # The next generation needs answers to all of this one.
+        return [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
 
     def _text(self, genome: Genome) -> str:
         """Return the schedule that a genome comes down to."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from pwff_opt import Evaluation, Planner, Scenario, Schedule, TrainedRound, Workload, pareto_front
-from pwff_opt.errors import InfeasibleError
+from pwff_opt.errors import DecisionError, InfeasibleError
 from pwff_opt.evaluation import learning_key
-from pwff_opt.pareto import Progress
+from pwff_opt.pareto import Progress, _probability, _Spread
 from pwff_solvers.front import hypervolume
 
 
@@ -121,6 +125,11 @@ def test_failed_trainings_are_never_on_the_front(small: Scenario) -> None:
     assert not set(front.points["evaluation"]) & {entry.key for entry in failed}
     with pytest.raises(InfeasibleError, match="every training failed: broke"):
         pareto_front(small, Formula(small, fail=lambda _: True), trainings=4)
+    stops = replace(small, search=replace(small.search, stop_early=True))
+    begun = Formula(stops, fail=lambda _: True)
+    with pytest.raises(InfeasibleError, match="every training failed: broke"):
+        pareto_front(stops, begun, trainings=1)
+    assert {len(Schedule.parse(text, devices=3)) for text in begun.trained} == {1}
 
 
 @pytest.mark.parametrize("states", [("frozen",), ("frozen", "personal")])
@@ -199,3 +208,132 @@ def test_a_front_is_confirmed_with_fresh_seeds(small: Scenario) -> None:
     sure = pareto_front(exactly, Formula(exactly), trainings=8, confirm=2).points
     assert (sure["probability_nondominated"] == 1.0).all()
     np.testing.assert_allclose(sure["accuracy_confirmed"], sure["accuracy"])
+
+
+class Slow(Formula):
+    """Takes its time, as chance has it; knows how many trainings there were at once."""
+
+    def __init__(self, scenario: Scenario, seed: int) -> None:
+        super().__init__(scenario, noise=0.02)
+        self.rng, self.lock = np.random.default_rng(seed), threading.Lock()
+        self.now = self.most = 0
+
+    def with_seed(self, seed: int) -> Formula:
+        return Slow(replace(self.scenario, seeds=replace(self.scenario.seeds, training=seed)), seed)
+
+    def train(self, schedule: Schedule) -> Evaluation:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            seconds = 0.03 * self.rng.random()
+        time.sleep(seconds)
+        with self.lock:
+            self.now -= 1
+            return super().train(schedule)
+
+
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_fronts_do_not_depend_on_which_training_is_done_first(
+    either: Scenario, stop_early: bool
+) -> None:
+    limits = replace(either.thresholds, energy_max_j=2.0)
+    scenario = replace(
+        either, thresholds=limits, search=replace(either.search, stop_early=stop_early)
+    )
+    for batch in (1, 4):
+        alone = pareto_front(
+            scenario, Formula(scenario, noise=0.02), trainings=14, confirm=2, batch=batch
+        )
+        for seed in (0, 1):
+            slow = Slow(scenario, seed)
+            with ThreadPoolExecutor(4) as pool:
+                front = pareto_front(
+                    scenario, slow, trainings=14, confirm=2, executor=pool, batch=batch
+                )
+            assert front.points.equals(alone.points)
+            assert [str(e.schedule) for e in front.evaluations] == [
+                str(e.schedule) for e in alone.evaluations
+            ]
+            assert (slow.most > 1) == (batch > 1)
+
+
+def test_a_batch_is_as_large_as_the_budget(small: Scenario) -> None:
+    front = pareto_front(small, Formula(small), trainings=10, batch=4)
+    assert len(front.evaluations) == 10
+    with pytest.raises(DecisionError, match="batch must be at least 1, got 0"):
+        pareto_front(small, Formula(small), trainings=10, batch=0)
+
+
+def test_what_goes_wrong_in_a_worker_is_raised_and_the_rest_let_go(small: Scenario) -> None:
+    class Wrong(Formula):
+        def train(self, schedule: Schedule) -> Evaluation:
+            if self.trained:
+                time.sleep(0.2)  # time to let go of what waits
+            super().train(schedule)
+            raise OSError("no route to the other machine")
+
+    wrong = Wrong(small)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="no route"):
+        pareto_front(small, wrong, trainings=10, executor=pool, batch=4)
+    assert len(wrong.trained) <= 2
+
+
+def test_a_schedule_that_fails_to_confirm_leaves_the_others_confirmed(small: Scenario) -> None:
+    class Unlucky(Formula):
+        def with_seed(self, seed: int) -> Formula:
+            seeds = replace(self.scenario.seeds, training=seed)
+            return Formula(replace(self.scenario, seeds=seeds), lambda s: len(s) == 2, noise=0.01)
+
+    table = pareto_front(small, Unlucky(small), trainings=8, confirm=2).points
+    failed = table["rounds"] == 2
+    assert failed.any()
+    for name in ("accuracy_confirmed", "accuracy_confirmed_error", "probability_nondominated"):
+        assert (table[name].isna() == failed).all(), name
+    single = pareto_front(small, Formula(small), trainings=8, confirm=1).points
+    assert single["accuracy_confirmed"].notna().all()
+    assert single["probability_nondominated"].isna().all()
+
+
+def scores(
+    rng: np.random.Generator, truth: np.ndarray, training: np.ndarray, std: tuple[float, ...]
+) -> np.ndarray:
+    """Three seeds' scores [seed, cut]: errors common to all, to a training, and of a cut alone."""
+    shape = 3, len(truth)
+    return (
+        truth
+        + std[0] * rng.standard_normal((3, 1))
+        + std[1] * rng.standard_normal(shape)[:, training]
+        + std[2] * rng.standard_normal(shape)
+    )
+
+
+@pytest.mark.parametrize("std", [(0, 0, 0.02), (0, 0.018, 0.009), (0.018, 0, 0.009)])
+def test_intervals_hold_what_they_promise(std: tuple[float, ...]) -> None:
+    """Also where errors are common to cuts of one training, or to all trainings of one seed."""
+    rng, training = np.random.default_rng(5), np.repeat(np.arange(0, 24, 3), 3)
+    truth, held = rng.uniform(0.5, 0.7, 24), []
+    for _ in range(400):
+        spread = _Spread.of(scores(rng, truth, training, std), training)
+        held.append(np.abs(spread.mean - truth) <= spread.half_width)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.025)
+
+
+def test_what_errs_together_is_told_apart(small: Scenario) -> None:
+    """Two cuts of one training, the dearer 0.02 better; a seed moves both by about that."""
+    rng, training = np.random.default_rng(6), np.array([0, 0, 2, 2, 4, 4, 6, 6])
+    truth = np.array([0.60, 0.62, 0.65, 0.67, 0.70, 0.72, 0.75, 0.77])
+    points = pd.DataFrame({"energy_j": [1.0, 2.0], "delay_s": [1.0, 2.0]})
+    points["accuracy_chosen_by"] = truth[:2]
+    kept = {}
+    for name, std in (("together", (0.0, 0.02, 0.002)), ("alone", (0.0, 0.0, 0.02))):
+        kept[name] = np.mean(
+            [
+                _probability(
+                    points, _Spread.of(scores(rng, truth, training, std), training), np.array([0, 1]),
+                    small,
+                )[1]
+                for _ in range(20)
+            ]
+        )  # fmt: skip
+    assert kept["together"] > 0.98
+    assert kept["alone"] < 0.95

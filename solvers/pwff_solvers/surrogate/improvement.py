@@ -120,13 +120,14 @@ def expected_improvement(
 
     since :math:`\int_a^b P(z' \le z)\,dz = \psi(b) - \psi(a)`.  Several cuts are taken to err
     together: their errors are :math:`\mu_m + s_m \varepsilon` with one :math:`\varepsilon`.  Then the
-    cuts below a level z are nested, those with the largest :math:`(z-\mu_m)/s_m` first, and the
-    integral is again a sum of :math:`\psi`, exact where that order does not change within a level.
+    cuts below a level z are nested, those with the largest :math:`(z-\mu_m)/s_m` first. That order
+    changes where two of them are equal, at :math:`z = (\mu_a s_b - \mu_b s_a)/(s_b - s_a)`: between
+    those z and the levels the integral is again a sum of :math:`\psi`, exactly.
     """
-    count, _, cells = curves.shape
-    levels = len(attained.levels)
+    count, cuts, cells = curves.shape
+    intervals = len(attained.levels) + cuts * (cuts - 1) // 2
     gains = np.empty(count)
-    size = max(1, _CHUNK // (levels * cells))
+    size = max(1, _CHUNK // (intervals * cells))
     for start in range(0, count, size):
         part = slice(start, start + size)
         gains[part] = _gains(attained, curves[part], mean[part], np.maximum(std[part], 1e-12))
@@ -134,20 +135,32 @@ def expected_improvement(
 
 
 def _gains(attained: Attained, curves: FloatArray, mean: FloatArray, std: FloatArray) -> FloatArray:
-    upper = attained.levels
-    # psi at the ends of every level, [candidate, level, cut]; nothing lies below the first.
-    t = (upper[None, :, None] - mean[:, None]) / std[:, None]
+    ends = _ends(attained.levels, mean, std)
+    # psi at the ends of every interval, [candidate, interval, cut]; nothing lies below the first.
+    t = (ends[:, :, None] - mean[:, None]) / std[:, None]
     psi = std[:, None] * (t * ndtr(t) + np.exp(-0.5 * t * t) / np.sqrt(2.0 * np.pi))
     mass = np.diff(psi, axis=1, prepend=0.0)
-    middle = np.concatenate([upper[:1], 0.5 * (upper[1:] + upper[:-1])])
-    order = np.argsort((mean[:, None] - middle[None, :, None]) / std[:, None], axis=2)
+    inside = np.column_stack([ends[:, :1] - 1.0, 0.5 * (ends[:, 1:] + ends[:, :-1])])
+    order = np.argsort((mean[:, None] - inside[:, :, None]) / std[:, None], axis=2)
     mass = np.take_along_axis(mass, order, axis=2)
+    before = attained.least[np.searchsorted(attained.levels, inside)]
     total = np.zeros(len(mean))
     rows = np.arange(len(mean))[:, None]
-    least = np.full((len(mean), len(upper), curves.shape[2]), attained.reference)
+    least = np.full_like(before, attained.reference)
     for place in range(mean.shape[1]):
         np.minimum(least, curves[rows, order[:, :, place]], out=least)
-        area = np.maximum(attained.least[None] - least, 0.0) @ attained.width
+        area = np.maximum(before - least, 0.0) @ attained.width
         after = mass[:, :, place + 1] if place + 1 < mean.shape[1] else 0.0
         total += (area * np.maximum(mass[:, :, place] - after, 0.0)).sum(axis=1)
     return total
+
+
+def _ends(levels: FloatArray, mean: FloatArray, std: FloatArray) -> FloatArray:
+    """Return where, along the error, levels or the order of cuts change, [candidate, interval]."""
+    one, other = np.triu_indices(mean.shape[1], 1)
+    apart = std[:, other] - std[:, one]
+    crossing = mean[:, one] * std[:, other] - mean[:, other] * std[:, one]
+    crossing = np.where(apart == 0.0, levels[-1], crossing / np.where(apart == 0.0, 1.0, apart))
+    everywhere = np.broadcast_to(levels, (len(mean), len(levels)))
+    # What changes beyond the reference changes nothing.
+    return np.sort(np.column_stack([everywhere, np.minimum(crossing, levels[-1])]), axis=1)

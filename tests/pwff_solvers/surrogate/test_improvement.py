@@ -96,6 +96,25 @@ def test_several_cuts_by_monte_carlo() -> None:
     assert got == pytest.approx(np.mean(gains), rel=0.01)
 
 
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_cuts_that_change_places_within_a_level(count: int) -> None:
+    """Cuts of very different certainty: which is better depends on the common error."""
+    rng = np.random.default_rng(count)
+    for _ in range(5):
+        curves, errors = stairs(rng, count), rng.uniform(0.3, 0.9, count)
+        attained = Attained.of(curves, errors, EDGES, REFERENCE)
+        offered, mean = stairs(rng, 4), rng.uniform(0.4, 0.7, 4)
+        std = rng.permutation([0.002, 0.02, 0.1, 0.1])
+        got = expected_improvement(attained, offered[None], mean[None], std[None])[0]
+        before = volume(curves, errors) if count else 0.0
+        draws = norm.ppf((np.arange(1000) + 0.5) / 1000)
+        gains = [
+            volume(np.vstack([curves, offered]), np.concatenate([errors, mean + std * e])) - before
+            for e in draws
+        ]
+        assert got == pytest.approx(np.mean(gains), rel=2e-3)
+
+
 def test_curves_on_a_grid() -> None:
     x, y = np.array([[0.25, 0.5, 0.75]]), np.array([[0.8, 0.4, 0.2]])
     edges = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
