@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -35,6 +36,9 @@ class TrainedRound:
     diverged: tuple[int, ...] = ()
     """Devices whose loss or blocks did not stay finite, on the air in half precision too: left out of the
     averages, their round undone."""
+    notes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """What else a stage has to tell, [device] each, NaN where there is nothing: of the local steps, or
+    measured on validation data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,16 @@ PACKAGES = (
     "moocore",
     "cvxpy",
 )
+# Of rounds.parquet; whatever else stands there are the stage's notes.
+ROUND_COLUMNS = (
+    "key",
+    "round",
+    "device",
+    "loss",
+    "accuracy_validation",
+    "uplink_bit",
+    "diverged",
+)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -312,6 +322,7 @@ class Journal:
                 "accuracy_validation": entry.accuracy[device] if entry.accuracy else math.nan,
                 "uplink_bit": entry.uplink_bit[device],
                 "diverged": device in entry.diverged,
+                **{name: values[device] for name, values in entry.notes.items()},
             }
             for number, entry in enumerate(evaluation.rounds)
             for device in range(len(entry.loss))
@@ -344,6 +355,12 @@ class Journal:
                     diverged=tuple(
                         int(entry["device"]) for entry in own[number] if entry["diverged"]
                     ),
+                    notes={
+                        name: tuple(float(entry[name]) for entry in own[number])
+                        for name in own[number][0]
+                        if name not in ROUND_COLUMNS
+                        and not all(math.isnan(entry[name]) for entry in own[number])
+                    },
                 )
                 for number in range(int(row["rounds"]))
             ),

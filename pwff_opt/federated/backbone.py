@@ -215,10 +215,13 @@ class Backbone:
                 x = stack.adapt(number, x, counts)
         return x
 
+    def classify(self, hidden: torch.Tensor, packed: Packed, stack: Stack) -> torch.Tensor:
+        """Return [sequence, class] of what leaves the last layer, [token, hidden]."""
+        return stack.classify(self.ends.pool(hidden, packed), packed.sequence_counts)
+
     def logits(self, packed: Packed, stack: Stack, start: Start) -> torch.Tensor:
         """Return [sequence, class]."""
-        pooled = self.ends.pool(self.run(packed, stack, start), packed)
-        return stack.classify(pooled, packed.sequence_counts)
+        return self.classify(self.run(packed, stack, start), packed, stack)
 
     def _projection(self, number: int, deltas: Tensors) -> Any:
         """Return a layer's projection with ``deltas`` in its weights; the latest is kept."""

@@ -101,14 +101,24 @@ def make_room(folder: Path, limit_byte: float, *, keep: Collection[Path]) -> Non
 
 
 def _to_json(entry: TrainedRound) -> dict[str, Any]:
-    loss = [None if math.isnan(value) else value for value in entry.loss]
-    return asdict(entry) | {"loss": loss}
+    notes = {name: _nulls(values) for name, values in entry.notes.items()}
+    return asdict(entry) | {"loss": _nulls(entry.loss), "notes": notes}
+
+
+def _nulls(values: Sequence[float]) -> list[float | None]:
+    """Return the values with None for NaN, which is no JSON."""
+    return [None if math.isnan(value) else value for value in values]
+
+
+def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:
+    return tuple(math.nan if value is None else value for value in values)
 
 
 def _from_json(entry: dict[str, Any]) -> TrainedRound:
     return TrainedRound(
-        loss=tuple(math.nan if value is None else value for value in entry["loss"]),
+        loss=_numbers(entry["loss"]),
         accuracy=tuple(entry["accuracy"]),
         uplink_bit=tuple(entry["uplink_bit"]),
         diverged=tuple(entry["diverged"]),
+        notes={name: _numbers(values) for name, values in entry["notes"].items()},
     )

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional
+from numpy.typing import NDArray
 
 from pwff_opt.errors import TrainingError
-from pwff_opt.federated.backbone import Backbone, Stack, Start
+from pwff_opt.federated.backbone import Backbone, Stack
 from pwff_opt.federated.blocks import Tensors, layer_of
-from pwff_opt.federated.tokens import Indices, Packed, Tokens
+from pwff_opt.federated.reconcile import conflict, gram, stationarity, weights
+from pwff_opt.federated.stages import Passes, Stage
+from pwff_opt.federated.tokens import Indices
 from pwff_opt.federated.workers import out_of_memory
 from pwff_opt.scenario import Training
 
 logger = logging.getLogger(__name__)
 
-StartOf = Callable[[Sequence[Indices]], Start]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What local steps have made of one device."""
+
+    loss: float
+    """Mean over the steps; of several objectives as the user weighs them."""
+    blocks: Tensors
+    """Those that were trained."""
+    notes: dict[str, float]
+    """Of several objectives, means over the steps: "conflict", "stationarity" (see
+    :mod:`pwff_opt.federated.reconcile`), and "weight", that of the first gradient."""
 
 
 class Cohort:
@@ -31,8 +46,11 @@ class Cohort:
 
     Parameters
     ----------
-    backbone, tokens, labels
+    backbone, stage
     blocks : every device's blocks at the start of the round.
+    passes : makes passes through the model of the blocks as they are.
+    wishes : [device, objective], see :class:`pwff_opt.federated.stages.Stage`.
+    regularisation : see :func:`pwff_opt.federated.reconcile.weights`.
     learns : whether a block of this name is trained.
     pulled : whether a block of this name is pulled back to its start by ``proximal`` (FedProx).
     """
@@ -40,18 +58,20 @@ class Cohort:
     def __init__(
         self,
         backbone: Backbone,
-        tokens: Tokens,
-        labels: torch.Tensor,
+        stage: Stage,
         blocks: Sequence[Tensors],
         scales: Sequence[float],
         *,
         common_scale: float,
+        passes: Callable[[Stack], Passes],
         training: Training,
+        wishes: NDArray[np.float64],
+        regularisation: float = math.inf,
         learns: Callable[[str], bool],
         pulled: Callable[[str], bool] = lambda _: False,
         proximal: float = 0.0,
     ) -> None:
-        self._backbone, self._tokens, self._labels = backbone, tokens, labels
+        self._stage = stage
         self._batch = training.batch_size
         self._pieces = 1
         # Heads last: they have a learning rate of their own. By name, not as they come: where a number
@@ -64,8 +84,17 @@ class Cohort:
         sizes = [tensor.numel() for tensor in tensors]
         heads = sum(n for (_, name), n in zip(places, sizes, strict=True) if layer_of(name) is None)
         device = backbone.device
-        self._flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
+        self._wishes = torch.from_numpy(wishes).float().to(device)
+        self._regularisation = regularisation
+        self._device_of = torch.repeat_interleave(
+            torch.tensor([k for k, _ in places], dtype=torch.int64),
+            torch.tensor(sizes, dtype=torch.int64),
+        ).to(device)
+        # Without a head to train, all layers may be frozen.
+        flat = [tensor.flatten() for tensor in tensors] or [torch.zeros(0)]
+        self._flat = torch.cat(flat).to(device)
         self._grad = torch.zeros_like(self._flat)
+        """Where a backward pass leaves the gradient of one objective, and a step finds that of all."""
         self._blocks = [
             {n: t if learns(n) else t.to(device) for n, t in own.items()} for own in blocks
         ]
@@ -84,7 +113,7 @@ class Cohort:
                     for (_, name), n in zip(places, sizes, strict=True)
                 ]
             ).to(device)
-        self._stack = Stack(self._blocks, scales, common_scale=common_scale)
+        self._passes = passes(Stack(self._blocks, scales, common_scale=common_scale))
         groups = []
         rates = (training.learning_rate, training.head_learning_rate)
         split = [len(self._flat) - heads, heads]
@@ -100,49 +129,80 @@ class Cohort:
             groups, weight_decay=training.weight_decay, fused=len(self._flat) > 0
         )
 
-    def train(self, batches: Sequence[Sequence[Indices]], start: StartOf) -> list[float]:
-        """Take a step a batch, ``batches`` [device][step]; return every device's mean loss."""
-        losses = []
-        for step in zip(*batches, strict=True):
-            losses.append(self._gradients(step, start))
-            if self._pull is not None:
-                self._grad.addcmul_(self._pull, self._flat - self._anchor)
-            self._optimiser.step()
-        return torch.stack(losses).double().mean(0).tolist()
-
-    def collect(self) -> list[Tensors]:
-        """Return copies of what each device has learned."""
+    def train(self, batches: Sequence[Sequence[Indices]], *, round: int) -> list[Learned]:
+        """Take the steps of a round, ``batches`` [device][step]; return what each device has learned."""
+        losses, notes = [], []
+        for number, step in enumerate(zip(*batches, strict=True)):
+            stage, ready = self._stage.prepared(step, self._passes, round=round, step=number)
+            for _ in range(stage.updates):
+                loss, note = self._gradients(stage, ready)
+                losses.append(loss)
+                notes.append(note)
+                if self._pull is not None:
+                    self._grad.addcmul_(self._pull, self._flat - self._anchor)
+                self._optimiser.step()
+        mean = torch.stack(losses).double().mean(0).tolist()
+        noted = {
+            name: torch.stack([note[name] for note in notes]).double().mean(0).tolist()
+            for name in notes[0]
+        }
         return [
-            {name: tensor.detach().clone().cpu() for name, tensor in own.items()}
-            for own in self._learned
+            Learned(
+                loss=mean[k],
+                blocks={name: tensor.detach().clone().cpu() for name, tensor in own.items()},
+                notes={name: values[k] for name, values in noted.items()},
+            )
+            for k, own in enumerate(self._learned)
         ]
 
-    def _gradients(self, batches: Sequence[Indices], start: StartOf) -> torch.Tensor:
-        """Leave the gradients of the mean losses, which are returned, [device]."""
+    def _gradients(
+        self, stage: Stage, batches: Sequence[Indices]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Leave the reconciled gradients of the mean losses; return these, [device], and notes."""
         while True:
             self._grad.zero_()
             try:
-                return self._accumulate(batches, start)
+                losses, gradients = self._accumulate(stage, batches)
+                break
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
                 if self._pieces >= self._batch:
                     raise TrainingError(
-                        "a step with one sequence a device must fit into memory; choose a smaller "
+                        "a step with one example a device must fit into memory; choose a smaller "
                         f"model.max_tokens or fewer layers ({error})"
                     ) from error
                 self._pieces = min(2 * self._pieces, self._batch)
                 logger.warning("out of memory: mini-batches are now cut into %d", self._pieces)
+        loss = (losses * self._wishes.cpu()).sum(1)
+        if gradients is None:
+            return loss, {}
+        products = gram(gradients, self._device_of, len(batches))
+        shares = weights(products, self._wishes, self._regularisation)
+        torch.sum(shares.T[:, self._device_of] * gradients, 0, out=self._grad)
+        notes = {"conflict": conflict(products), "stationarity": stationarity(products)}
+        notes["weight"] = shares[:, 0]
+        return loss, {name: values.cpu() for name, values in notes.items()}
 
-    def _accumulate(self, batches: Sequence[Indices], start: StartOf) -> torch.Tensor:
-        total = torch.zeros(len(batches))
+    def _accumulate(
+        self, stage: Stage, batches: Sequence[Indices]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the losses [device, objective], and of several the gradients [objective, parameter].
+
+        The gradient of a single one is left where it is.
+        """
+        count = len(stage.objectives)
+        total = torch.zeros(len(batches), count)
+        gradients = torch.zeros(count, len(self._grad)).to(self._grad) if count > 1 else None
         cut = [np.array_split(batch, self._pieces) for batch in batches]
         for piece in zip(*cut, strict=True):
-            packed = Packed.of(self._tokens, piece, device=self._backbone.device)
-            labels = self._labels[np.concatenate(piece)].to(self._backbone.device)
-            logits = self._backbone.logits(packed, self._stack, start(piece))
-            each = functional.cross_entropy(logits, labels, reduction="none") / self._batch
-            each.sum().backward()
-            parts = each.detach().cpu().split([len(part) for part in piece])
-            total += torch.stack([part.sum() for part in parts])
-        return total
+            for loss in stage.losses(piece, self._passes):
+                each = loss.each / self._batch
+                if each.requires_grad:
+                    each.sum().backward(retain_graph=loss.graph_goes_on)
+                parts = each.detach().cpu().split([len(part) for part in piece])
+                total[:, loss.objective] += torch.stack([part.sum() for part in parts])
+                if gradients is not None:
+                    gradients[loss.objective] += self._grad
+                    self._grad.zero_()
+        return total, gradients

@@ -28,6 +28,7 @@ from pwff_opt.federated.exchange import State
 from pwff_opt.federated.export import save_device_model
 from pwff_opt.federated.partition import Shard, partition
 from pwff_opt.federated.privacy import spent_epsilon
+from pwff_opt.federated.stages import Classification
 from pwff_opt.federated.tokens import tokenise
 from pwff_opt.federated.trainer import Trainer
 from pwff_opt.models import model_config, model_source
@@ -120,9 +121,8 @@ class FederatedEvaluator:
             max_tokens=scenario.model.max_tokens,
             dtype=scenario.training.base_dtype,
         )
-        self.trainer = Trainer(
-            scenario, self.backbone, self.tokens, labels, self.shards, workers=workers
-        )
+        self.stage = Classification(self.backbone, self.tokens, labels)
+        self.trainer = Trainer(scenario, self.backbone, self.stage, self.shards, workers=workers)
         self.labels = labels
         self.summary = replace(
             _summary(corpus.class_names, corpus.domain_names, labels, self.shards),
@@ -140,8 +140,7 @@ class FederatedEvaluator:
         other.trainer = Trainer(
             other.scenario,
             self.backbone,
-            self.tokens,
-            self.labels,
+            self.stage,
             self.shards,
             workers=self._worker_count,
             features=self.trainer.features,
@@ -168,7 +167,8 @@ class FederatedEvaluator:
 
     def test(self, schedule: Schedule) -> tuple[float, ...]:
         state, _ = self._trained(schedule)
-        return tuple(self.trainer.accuracy(state, schedule.rounds[-1], "test"))
+        measured = self.trainer.measures(state, schedule.rounds[-1], "test")
+        return tuple(own["accuracy"] for own in measured)
 
     def save_device(self, schedule: Schedule, device: int, folder: str | Path) -> None:
         """Write one device's model after a schedule; see :mod:`pwff_opt.federated.export`."""

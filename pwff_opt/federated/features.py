@@ -72,7 +72,7 @@ class Features:
         *,
         budget_byte: float,
     ) -> None:
-        self._backbone, self._tokens = backbone, tokens
+        self._backbone, self.tokens = backbone, tokens
         self._owner = np.zeros(len(tokens), dtype=np.int64)
         # Sequences are always computed in the same company: who else is in a product can show in the
         # last bit, and what a run has asked for before must not.
@@ -107,7 +107,7 @@ class Features:
                 x, p = self._computed(level, batch, stack, below)
             else:
                 store = self._filled(level, device, batch, stack, below)
-                rows = torch.from_numpy(self._tokens.rows(batch))
+                rows = torch.from_numpy(self.tokens.rows(batch))
                 x = store.hidden.index_select(0, rows)
                 p = None if store.projected is None else store.projected.index_select(0, rows)
             hidden.append(x)
@@ -146,7 +146,7 @@ class Features:
         for number in missing:
             part = self._chunks[number]
             hidden, projected = self._computed(level, part, stack, below)
-            rows = torch.from_numpy(self._tokens.rows(part))
+            rows = torch.from_numpy(self.tokens.rows(part))
             store.hidden[rows] = hidden
             if store.projected is not None and projected is not None:
                 store.projected[rows] = projected
@@ -158,7 +158,7 @@ class Features:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the activations of some sequences, and what ``_width`` says goes with them."""
         backbone = self._backbone
-        packed = Packed.of(self._tokens, [part], device=backbone.device)
+        packed = Packed.of(self.tokens, [part], device=backbone.device)
         with torch.inference_mode():
             start = self._nearest(level, part, packed, below)
             hidden = backbone.run(packed, stack, start, stop=level.layer, completed=level.completed)
@@ -177,12 +177,12 @@ class Features:
         for layer in range(min(layers, default=level.layer), 0, -1):
             store = self._base.get(Level(layer))
             if store is not None and store.known[part].all():
-                rows = torch.from_numpy(self._tokens.rows(part))
+                rows = torch.from_numpy(self.tokens.rows(part))
                 return Start(layer=layer, hidden=store.hidden[rows].to(self._backbone.device))
         return self._backbone.embed(packed)
 
     def _new_store(self, level: Level) -> _Store:
-        rows, backbone, width = int(self._tokens.offsets[-1]), self._backbone, self._width(level)
+        rows, backbone, width = int(self.tokens.offsets[-1]), self._backbone, self._width(level)
         need = rows * (backbone.hidden * torch.float32.itemsize + width * backbone.dtype.itemsize)
 
         def store(
@@ -192,7 +192,7 @@ class Features:
                 return _Store(
                     room(rows, backbone.hidden, torch.float32),
                     room(rows, width, backbone.dtype) if width else None,
-                    len(self._tokens),
+                    len(self.tokens),
                     memory_byte=memory_byte,
                 )
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pwff_opt.decision import RoundDecision
 from pwff_opt.errors import DecisionError, TrainingError
@@ -23,11 +22,13 @@ from pwff_opt.federated.blocks import (
     lora_scale,
     resize_lora,
 )
-from pwff_opt.federated.cohort import Cohort
+from pwff_opt.federated.cohort import Cohort, Learned
 from pwff_opt.federated.exchange import Exchange, State
 from pwff_opt.federated.features import Features, Level
 from pwff_opt.federated.partition import Shard
-from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
+from pwff_opt.federated.passes import CachedPasses
+from pwff_opt.federated.stages import Stage
+from pwff_opt.federated.tokens import Indices
 from pwff_opt.federated.workers import Workers
 from pwff_opt.participation import participants
 from pwff_opt.rng import stream
@@ -49,7 +50,7 @@ class Trainer:
     Parameters
     ----------
     scenario
-    backbone, tokens, labels, shards : the model; the devices' data and who holds them.
+    backbone, stage, shards : the model; what is learned; the examples that each device holds.
     workers : devices trained side by side; it changes speed, never results.
     features : cached activations of a trainer of the same data, if there is one.
     """
@@ -58,15 +59,13 @@ class Trainer:
         self,
         scenario: Scenario,
         backbone: Backbone,
-        tokens: Tokens,
-        labels: NDArray[np.int64],
+        stage: Stage,
         shards: Sequence[Shard],
         *,
         workers: int | None = None,
         features: Features | None = None,
     ) -> None:
-        self.scenario, self.backbone, self.tokens, self.shards = scenario, backbone, tokens, shards
-        self.labels = torch.from_numpy(labels)
+        self.scenario, self.backbone, self.stage, self.shards = scenario, backbone, stage, shards
         self._peft, self._seed = scenario.peft, scenario.seeds.training
         self._workers = Workers(workers)
         rule = RULES.get(scenario.aggregation.lora)
@@ -74,8 +73,11 @@ class Trainer:
         self._averages = scenario.aggregation.lora in AVERAGING
         self.features = features or Features(
             backbone,
-            tokens,
-            [(shard.train, shard.validation, shard.test) for shard in shards],
+            stage.tokens,
+            [
+                [stage.sequences(part) for part in (shard.train, shard.validation, shard.test)]
+                for shard in shards
+            ],
             budget_byte=scenario.training.feature_cache_byte,
         )
         width = self._peft.adapter_width
@@ -85,10 +87,15 @@ class Trainer:
             else {}
             for layer in range(backbone.layer_count)
         ]
-        tokens_of_a_batch = scenario.training.batch_size * float(
-            np.mean(tokens.lengths[np.concatenate([shard.train for shard in shards])])
-        )
+        all_examples = np.concatenate([shard.train for shard in shards])
+        tokens_of_a_batch = scenario.training.batch_size * float(self._lengths(all_examples).mean())
         self._cohort_size = max(1, round(COHORT_TOKENS / tokens_of_a_batch))
+        alignment = scenario.alignment
+        self._regularisation = {
+            "weighted": math.inf,
+            "mgda": 0.0,
+            "regularised": alignment.regularisation,
+        }[alignment.reconcile]
         rank = self._peft.common_lora_rank
         self._common_scale = lora_scale(self._peft, rank) if rank else 1.0
 
@@ -128,7 +135,7 @@ class Trainer:
         size = self._cohort_size
         cohorts = [taking_part[n : n + size] for n in range(0, len(taking_part), size)]
 
-        def train(devices: Sequence[int]) -> list[tuple[float, Tensors]]:
+        def train(devices: Sequence[int]) -> list[Learned]:
             return self._local_steps(devices, before, decision, exchange, number)
 
         def count(devices: Sequence[int]) -> None:
@@ -140,8 +147,8 @@ class Trainer:
             zip(taking_part, (item for cohort in results for item in cohort), strict=True)
         )
         finite = {
-            k: math.isfinite(loss) and exchange.is_sound(learned)
-            for k, (loss, learned) in trained.items()
+            k: math.isfinite(learned.loss) and exchange.is_sound(learned.blocks)
+            for k, learned in trained.items()
         }
         if not any(finite.values()):
             raise TrainingError(
@@ -150,7 +157,7 @@ class Trainer:
                 f"training.learning_rate ({self.scenario.training.learning_rate:g})"
             )
         after = [
-            own | trained[k][1] if finite.get(k, False) else own for k, own in enumerate(before)
+            own | trained[k].blocks if finite.get(k, False) else own for k, own in enumerate(before)
         ]
         new, uplink_bit = exchange.merge(
             before,
@@ -166,36 +173,59 @@ class Trainer:
         )
         marks = self.scenario.training.validate_after
         validated = not marks or number + 1 in marks
+        measured = self.measures(new, decision, "validation") if validated else []
+        noted = [
+            {**(trained[k].notes if k in trained else {}), **(measured[k] if measured else {})}
+            for k in range(len(before))
+        ]
         report = TrainedRound(
             loss=tuple(
-                trained[k][0] if finite.get(k, False) else math.nan for k in range(len(before))
+                trained[k].loss if finite.get(k, False) else math.nan for k in range(len(before))
             ),
-            accuracy=tuple(self.accuracy(new, decision, "validation")) if validated else (),
+            accuracy=tuple(own["accuracy"] for own in measured),
             uplink_bit=uplink_bit,
             diverged=tuple(k for k, good in finite.items() if not good),
+            notes=_by_name(noted),
         )
         return new, report
 
-    def accuracy(self, state: State, decision: RoundDecision, split: Split) -> list[float]:
-        """Return the accuracy of every device's model on its own part of the data."""
-        level = self._level(decision)
+    def measures(
+        self, state: State, decision: RoundDecision, split: Split
+    ) -> list[dict[str, float]]:
+        """Return how well every device's model does on its own part of the data."""
 
-        def evaluate(device: int) -> float:
-            own, indices = state.devices[device], getattr(self.shards[device], split)
-            scale = self._scale(decision.ranks[device])
+        def evaluate(device: int) -> dict[str, float]:
+            own, scale = state.devices[device], self._scale(decision.ranks[device])
             stack = Stack([self._moved(own)], [scale], common_scale=self._common_scale)
-            right = 0
             with torch.inference_mode():
-                for batch in by_length(self.tokens, indices):
-                    packed = Packed.of(self.tokens, [batch], device=self.backbone.device)
-                    start = self.features.start(
-                        level, [device], [batch], [own], [scale], self._common_scale
-                    )
-                    logits = self.backbone.logits(packed, stack, start).cpu()
-                    right += int((logits.argmax(-1) == self.labels[batch]).sum())
-            return right / len(indices)
+                passes = self._passes(decision, [device], [own], [scale], stack)
+                return self.stage.measures(getattr(self.shards[device], split), passes)
 
         return self._workers.map(evaluate, range(len(self.shards)))
+
+    def _passes(
+        self,
+        decision: RoundDecision,
+        devices: Sequence[int],
+        blocks: Sequence[Tensors],
+        scales: Sequence[float],
+        stack: Stack,
+    ) -> CachedPasses:
+        return CachedPasses(
+            self.backbone,
+            self.features,
+            self._level(decision),
+            devices,
+            blocks,
+            scales,
+            self._common_scale,
+            stack,
+        )
+
+    def _lengths(self, examples: Indices) -> Indices:
+        """Return how many tokens each example has in all its sequences."""
+        lengths = self.stage.tokens.lengths[self.stage.sequences(examples)]
+        return lengths.reshape(len(examples), -1).sum(1)
 
     def batches(self, number: int, device: int) -> list[Indices]:
         """Return the mini-batches of one device in one round.
@@ -207,7 +237,7 @@ class Trainer:
         steps, size = self.scenario.training.local_steps, self.scenario.training.batch_size
         rng = stream(self._seed, "batches", round=number, device=device)
         drawn = rng.choice(self.shards[device].train, steps * size, replace=False)
-        drawn = drawn[np.argsort(self.tokens.lengths[drawn], kind="stable")]
+        drawn = drawn[np.argsort(self._lengths(drawn), kind="stable")]
         batches = np.split(drawn, steps)
         order = stream(self._seed, "batch-order", round=number).permutation(steps)
         return [batches[i] for i in order]
@@ -250,30 +280,25 @@ class Trainer:
         decision: RoundDecision,
         exchange: Exchange,
         number: int,
-    ) -> list[tuple[float, Tensors]]:
-        """Train a cohort; return every device's mean loss and what it has learned."""
+    ) -> list[Learned]:
+        """Train a cohort; return what every device has learned."""
         blocks = [before[k] for k in devices]
         scales = [self._scale(decision.ranks[k]) for k in devices]
         cohort = Cohort(
             self.backbone,
-            self.tokens,
-            self.labels,
+            self.stage,
             blocks,
             scales,
             common_scale=self._common_scale,
+            passes=lambda stack: self._passes(decision, devices, blocks, scales, stack),
             training=self.scenario.training,
+            wishes=self.stage.wishes(devices),
+            regularisation=self._regularisation,
             learns=exchange.learns,
             pulled=exchange.sends,
             proximal=self.scenario.aggregation.proximal,
         )
-        level = self._level(decision)
-        losses = cohort.train(
-            [self.batches(number, k) for k in devices],
-            lambda batches: self.features.start(
-                level, devices, batches, blocks, scales, self._common_scale
-            ),
-        )
-        return list(zip(losses, cohort.collect(), strict=True))
+        return cohort.train([self.batches(number, k) for k in devices], round=number)
 
     def _public(
         self, sent: Tensors, decision: RoundDecision, present: Sequence[bool], number: int
@@ -350,3 +375,9 @@ class Trainer:
             device=device if personal else None,
         )
         return fresh[f"lora.{layer}.{projection}.A"]
+
+
+def _by_name(noted: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
+    """Return the notes of all devices, [device] each; NaN where a device has none."""
+    names = sorted({name for own in noted for name in own if name != "accuracy"})
+    return {name: tuple(own.get(name, math.nan) for own in noted) for name in names}

@@ -561,7 +561,7 @@ def test_the_a_of_ffa_is_one_draw_whatever_happens(small: Scenario, tmp_path: Pa
     ]
     exchange = Exchange(trainer.scenario, number, decision)
     learned = trainer._local_steps([0, 1, 2], before, decision, exchange, number)
-    after = [own | new for own, (_, new) in zip(before, learned, strict=True)]
+    after = [own | new.blocks for own, new in zip(before, learned, strict=True)]
     a, b = "lora.1.query.A", "lora.1.query.B"
     expected = ideal([Factors(a=own[a], b=own[b], scale=2.0) for own in after], [1.0] * 3)
     for own in played(trainer, "1x2:aaa", state, number).devices:
@@ -590,7 +590,9 @@ def test_half_precision_costs_no_more_than_it_must(small: Scenario, tmp_path: Pa
     exchange = Exchange(scenario, 1, decision)
     learned = trainer._local_steps([0, 1, 2], before, decision, exchange, 1)
     a, b = "lora.1.query.A", "lora.1.query.B"
-    sent = [Factors(a=new[a].half(), b=new[b].half(), scale=2.0) for _, new in learned]
+    sent = [
+        Factors(a=new.blocks[a].half(), b=new.blocks[b].half(), scale=2.0) for new in learned
+    ]
     old = state.devices[0]["delta.1.query"].double()
     own = played(trainer, "1x4:aaa", state, 1).devices[0]
     gained, expected = low_rank(own, "1.query") - old, ideal(sent, [1.0] * 3)

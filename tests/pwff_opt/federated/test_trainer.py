@@ -395,14 +395,14 @@ def test_out_of_memory_cuts_the_mini_batch_and_goes_on(
     small: Scenario, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     expected = run("2x2:faa")
-    logits = Backbone.logits
+    through = Backbone.run
 
-    def short_of_memory(self: Backbone, packed: Packed, *rest: Any) -> torch.Tensor:
+    def short_of_memory(self: Backbone, packed: Packed, *rest: Any, **how: Any) -> torch.Tensor:
         if torch.is_grad_enabled() and max(packed.sequence_counts) > 1:
             torch.empty(10**15)  # what torch itself says when memory runs out
-        return logits(self, packed, *rest)
+        return through(self, packed, *rest, **how)
 
-    monkeypatch.setattr(Backbone, "logits", short_of_memory)
+    monkeypatch.setattr(Backbone, "run", short_of_memory)
     cut = run("2x2:faa")
     assert "mini-batches are now cut into" in caplog.text
     for own, other in zip(cut[0].devices, expected[0].devices, strict=True):
@@ -412,10 +412,10 @@ def test_out_of_memory_cuts_the_mini_batch_and_goes_on(
 def test_memory_that_never_suffices_is_an_error(
     small: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Backbone, "logits", lambda *_: torch.empty(10**15))
+    monkeypatch.setattr(Backbone, "classify", lambda *_: torch.empty(10**15))
     evaluation = FederatedEvaluator(small, tmp_path).train(Schedule.parse("1x2:faa", devices=3))
     assert evaluation.status == "failed"
-    assert "one sequence a device must fit into memory" in evaluation.reason
+    assert "one example a device must fit into memory" in evaluation.reason
 
 
 def test_only_those_drawn_take_part(small: Scenario, tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""What every stage is to the trainer, and the trainer to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pwff_opt.federated.backbone import Stack
+from pwff_opt.federated.tokens import Indices, Packed, Tokens
+
+
+class Passes(Protocol):
+    """Passes through the model for the devices of a batch, whose blocks it knows."""
+
+    @property
+    def devices(self) -> Sequence[int]:
+        """Who they are, in order."""
+
+    @property
+    def stack(self) -> Stack:
+        """Their blocks."""
+
+    def own(self, tokens: Tokens, batches: Sequence[Indices]) -> tuple[Packed, torch.Tensor]:
+        """Return sequences of ``tokens``, a batch for each device, packed, and what leaves the last layer.
+
+        The latter is [token, hidden], by each device's own blocks.
+        """
+
+    def base(self, tokens: Tokens, batches: Sequence[Indices]) -> tuple[Packed, torch.Tensor]:
+        """Return the same by the frozen model alone, without a gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Loss:
+    """The losses of a mini-batch in one objective."""
+
+    objective: int
+    each: torch.Tensor
+    """[example], device after device."""
+    graph_goes_on: bool = False
+    """Whether the next objective's loss hangs on the same pass through the model."""
+
+
+class Stage(Protocol):
+    """What is learned from which examples, and how well.
+
+    An example is what training draws and mini-batches count; it consists of one or more sequences.
+    """
+
+    objectives: tuple[str, ...]
+    """Names; there is a gradient for each, and they are reconciled on the device."""
+    updates: int
+    """Steps on each mini-batch."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """All sequences."""
+
+    def sequences(self, examples: Indices) -> Indices:
+        """Return the sequences that some examples consist of, example after example."""
+
+    def wishes(self, devices: Sequence[int]) -> NDArray[np.float64]:
+        """Return the weights of the objectives to each device's user, [device, objective], 1 in sum."""
+
+    def prepared(
+        self, batches: Sequence[Indices], passes: Passes, *, round: int, step: int
+    ) -> tuple[Stage, Sequence[Indices]]:
+        """Return what a step learns from: itself and the batches, or answers that it samples now."""
+
+    def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
+        """Yield the losses of examples, a batch for each device, objective by objective."""
+
+    def measures(self, examples: Indices, passes: Passes) -> dict[str, float]:
+        """Return how well one device's model does on examples.
+
+        "accuracy", between 0 and 1, is what a search wants more of.
+        """
+
+
+class Plain:
+    """What most stages have in common: one objective, and examples that are sequences."""
+
+    objectives: tuple[str, ...] = ("loss",)
+    updates = 1
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    @property
+    def tokens(self) -> Tokens:
+        return self._tokens
+
+    def sequences(self, examples: Indices) -> Indices:
+        return examples
+
+    def wishes(self, devices: Sequence[int]) -> NDArray[np.float64]:
+        return np.ones((len(devices), 1))
