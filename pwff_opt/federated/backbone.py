@@ -11,13 +11,19 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from pwff_opt.errors import ModelError
 from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
 from pwff_opt.federated.blocks import Tensors
-from pwff_opt.federated.families import HEADS, LAYERS, LORA_TARGETS, Ends
+from pwff_opt.federated.attention import Around
+from pwff_opt.federated.families import HEADS, LAYERS, LORA_TARGETS, Ends, fused
+from pwff_opt.federated.products import Frozen
 from pwff_opt.federated.tokens import Packed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,13 +120,14 @@ NOTHING = Stack([{}], [1.0])
 
 
 class Backbone:
-    """A sequence classifier whose own weights never change; devices bring their blocks with them.
+    """A language model whose own weights never change; devices bring their blocks with them.
 
     Parameters
     ----------
     source : folder with a Hugging Face model (safetensors) or a hub name.
     family : "bert" or "llama", as the cost model names it.
-    classes : number of labels.
+    classes : number of labels, for which devices bring heads; None: the model's own head over its
+        vocabulary.
     pooling : "model" or "mean", what the head sees.
     max_tokens : longest sequence that will come.
     dtype : "float32" or "bfloat16", of the frozen weights and of products with them.
@@ -132,13 +139,17 @@ class Backbone:
         source: str,
         *,
         family: str,
-        classes: int,
+        classes: int | None,
         pooling: str,
         max_tokens: int,
         dtype: str = "float32",
         device: torch.device | str | None = None,
     ) -> None:
-        model = load_classifier(source, classes=classes)
+        model = (
+            load_language_model(source, family=family)
+            if classes is None
+            else load_classifier(source, classes=classes)
+        )
         if pooling == "mean":
             pool_by_mean(model)
         self.source, self.family, self.pooling = source, family, pooling
@@ -153,8 +164,13 @@ class Backbone:
         setattr(owner, attribute, nn.ModuleList())  # their weights are held by self.layers now
         self.ends = Ends(model, family, pooling, max_tokens=max_tokens)
         self.hidden = int(model.config.hidden_size)
-        head: nn.Module = getattr(model, HEADS[family])
-        self.head_shapes = {name: tuple(value.shape) for name, value in head.named_parameters()}
+        self.head_shapes: dict[str, tuple[int, ...]] = {}
+        self._vocabulary: Frozen | None = None
+        if classes is None:
+            self._vocabulary = fused({"": model.get_output_embeddings()}, self.dtype)
+        else:
+            head: nn.Module = getattr(model, HEADS[family])
+            self.head_shapes = {name: tuple(value.shape) for name, value in head.named_parameters()}
         self._changed: dict[int, tuple[Tensors, Any]] = {}
         self._lock = threading.Lock()
 
@@ -187,13 +203,15 @@ class Backbone:
         *,
         stop: int | None = None,
         completed: bool = False,
+        around: Around | None = None,
     ) -> torch.Tensor:
         """Return the input of layer ``stop`` (none given: what leaves the last layer), [token, hidden].
 
         With ``completed`` the pass goes on into layer ``stop``, up to where its adapter would act.
+        ``around``: attention that remembers, say; that among the packed tokens if none is given.
         """
         stop = self.layer_count if stop is None else stop
-        around = self.ends.around(packed)
+        around = around or self.ends.around(packed)
         counts = packed.token_counts
         x = start.hidden
         for number in range(start.layer, stop + completed):
@@ -218,6 +236,11 @@ class Backbone:
     def classify(self, hidden: torch.Tensor, packed: Packed, stack: Stack) -> torch.Tensor:
         """Return [sequence, class] of what leaves the last layer, [token, hidden]."""
         return stack.classify(self.ends.pool(hidden, packed), packed.sequence_counts)
+
+    def next_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits of the next token, [row, vocabulary], of what leaves the last layer, [row, hidden]."""
+        assert self._vocabulary is not None
+        return self._vocabulary(self.ends.norm(hidden)).float()
 
     def logits(self, packed: Packed, stack: Stack, start: Start) -> torch.Tensor:
         """Return [sequence, class]."""
@@ -247,24 +270,38 @@ def lora_config(family: str, rank: int, lora_scale: float, **more: Any) -> LoraC
 
 def load_classifier(source: str, *, classes: int) -> Any:
     """Load a sequence classifier from a folder or hub name; only safetensors weights are read."""
+    model = _loaded(
+        AutoModelForSequenceClassification,
+        source,
+        num_labels=classes,
+        ignore_mismatched_sizes=True,  # a head for other labels is replaced
+    )
+    # Decoders pool the last token that is not this one.
+    model.config.pad_token_id = pad_token_id(source)
+    return model
+
+
+def load_language_model(source: str, *, family: str) -> Any:
+    """Load a causal language model from a folder or hub name; only safetensors weights are read."""
+    if family != "llama":
+        raise ModelError(
+            "model.source must name a causal language model (llama, mistral, qwen2) for a training.stage "
+            f"other than 'classification', got {source!r} of the family {family!r}"
+        )
+    return _loaded(AutoModelForCausalLM, source)
+
+
+def _loaded(kind: Any, source: str, **more: Any) -> Any:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head is expected, not worth a warning
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            num_labels=classes,
-            use_safetensors=True,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # a head for other labels is replaced
-        )
+        model = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **more)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {source!r} could not be loaded: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    # Decoders pool the last token that is not this one; a key-value cache only costs memory here.
-    model.config.pad_token_id = pad_token_id(source)
-    model.config.use_cache = False
+    model.config.use_cache = False  # of keys and values, which only costs memory in training
     return model
 
 

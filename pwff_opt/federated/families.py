@@ -52,7 +52,7 @@ class _Products:
     columns: Mapping[str, slice]
 
     def __init__(self, parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype) -> None:
-        self._product = _fused(parts, dtype)
+        self._product = fused(parts, dtype)
         ends, columns = 0, {}
         for name, part in parts.items():
             columns[name] = slice(ends, ends + part.out_features)
@@ -78,10 +78,10 @@ class BertLayer(_Products):
         own = layer.attention.self
         super().__init__({n: getattr(own, n) for n in ("query", "key", "value")}, dtype)
         self._heads = config.num_attention_heads
-        self._out = _fused({"": layer.attention.output.dense}, dtype)
+        self._out = fused({"": layer.attention.output.dense}, dtype)
         self._norm = layer.attention.output.LayerNorm
-        self._up = _fused({"": layer.intermediate.dense}, dtype)
-        self._down = _fused({"": layer.output.dense}, dtype)
+        self._up = fused({"": layer.intermediate.dense}, dtype)
+        self._down = fused({"": layer.output.dense}, dtype)
         self._last_norm = layer.output.LayerNorm
         self._activation = ACT2FN[config.hidden_act]
 
@@ -105,10 +105,10 @@ class LlamaLayer(_Products):
         own = layer.self_attn
         super().__init__({n: getattr(own, n) for n in ("q_proj", "k_proj", "v_proj")}, dtype)
         self._heads, self._pairs = config.num_attention_heads, config.num_key_value_heads
-        self._out = _fused({"": own.o_proj}, dtype)
+        self._out = fused({"": own.o_proj}, dtype)
         self._before, self._after = layer.input_layernorm, layer.post_attention_layernorm
-        self._up = _fused({"gate": layer.mlp.gate_proj, "up": layer.mlp.up_proj}, dtype)
-        self._down = _fused({"": layer.mlp.down_proj}, dtype)
+        self._up = fused({"gate": layer.mlp.gate_proj, "up": layer.mlp.up_proj}, dtype)
+        self._down = fused({"": layer.mlp.down_proj}, dtype)
         self._activation = ACT2FN[config.hidden_act]
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,10 +170,14 @@ class Ends:
         cos, sin = self._base.rotary_emb(like, position_ids=packed.positions[None])
         return Around(packed, causal=True, rotary=(cos[0, :, None], sin[0, :, None]))
 
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what a decoder's head sees of what leaves the last layer, [row, hidden]."""
+        return self._base.norm(hidden)  # type: ignore[no-any-return]
+
     def pool(self, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
         """Return what the head sees, [sequence, hidden]; see ``adapters.MeanPooling``."""
         if self._family == "llama":
-            return packed.last(self._base.norm(hidden))
+            return packed.last(self.norm(hidden))
         if self._pooling == "mean":
             mean = packed.mean(hidden)
             return functional.layer_norm(mean, mean.shape[-1:])
@@ -181,7 +185,7 @@ class Ends:
         return pooler.activation(pooler.dense(packed.first(hidden)))  # type: ignore[no-any-return]
 
 
-def _fused(parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype) -> Frozen:
+def fused(parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype) -> Frozen:
     """Return several maps of the same input as one, outputs side by side."""
     weight = torch.cat([part.weight.detach() for part in parts.values()]).to(dtype)
     if all(part.bias is None for part in parts.values()):

@@ -13,8 +13,9 @@ the gradients, along which neither loss rises, and which is zero where the devic
 device to the next, which is what FIRM (arXiv 2511.16992) regularises for; the pull to the user's weights, and
 the scale :math:`s`, which makes :math:`\rho` a number without unit, are ours.
 
-With :math:`d = g_1 - g_2` the minimum is at :math:`\lambda_1 = (\rho\,2 w_1 - d \cdot g_2 / s) / (d \cdot d / s + 2\rho)`,
-cut to [0, 1].
+With :math:`d = g_1 - g_2` the minimum is at
+
+.. math:: \lambda_1 = \frac{2 \rho\, w_1 - d \cdot g_2 / s}{2 \rho + d \cdot d / s}, \quad \text{cut to } [0, 1].
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The stages of a language model's life that a federation can go through: data -> losses -> measures."""
 
 from pwff_opt.federated.stages.classification import Classification
+from pwff_opt.federated.stages.language import Language
 from pwff_opt.federated.stages.stage import Loss, Passes, Stage
 
-__all__ = ["Classification", "Loss", "Passes", "Stage"]
+__all__ = ["Classification", "Language", "Loss", "Passes", "Stage"]

@@ -1,0 +1,147 @@
+"""Answers, sampled or likeliest, token by token, by devices with blocks of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pwff_opt.federated.attention import Around
+from pwff_opt.federated.backbone import Backbone, Stack, Start
+from pwff_opt.federated.tokens import Indices, Packed, Tokens
+
+
+def generate(
+    backbone: Backbone,
+    stack: Stack,
+    prompts: Tokens,
+    batches: Sequence[Indices],
+    *,
+    longest: int,
+    stop: int,
+    draws: NDArray[np.float64] | None = None,
+    temperature: float = 1.0,
+) -> list[Indices]:
+    """Return an answer to each prompt, device after device, its end included where it came to one.
+
+    Parameters
+    ----------
+    backbone : with a head over its vocabulary, of the llama family.
+    stack : blocks of the devices.
+    prompts, batches : sequences, and which of them each device answers.
+    longest : most tokens of an answer.
+    stop : the token that ends an answer.
+    draws : [prompt, longest], evenly in [0, 1): the tokens are drawn by them, from the model's
+        distribution at ``temperature``. None: always the likeliest token.
+    """
+    device = backbone.device
+    with torch.inference_mode():
+        packed = Packed.of(prompts, batches, device=device)
+        memory = _Memory(packed, longest)
+        hidden = backbone.run(
+            packed, stack, backbone.embed(packed), around=memory.first(backbone, packed)
+        )
+        rows = packed.last(hidden)
+        answers: list[torch.Tensor] = []
+        over = torch.zeros(packed.sequences, dtype=torch.bool, device=device)
+        for number in range(longest):
+            logits = backbone.next_tokens(rows)
+            if draws is None:
+                token = logits.argmax(-1)
+            else:
+                shares = (logits / temperature).softmax(-1).double().cumsum(-1)
+                drawn = torch.from_numpy(draws[:, number]).to(device)[:, None]
+                token = torch.searchsorted(shares, drawn * shares[:, -1:], right=True)[:, 0]
+                token = token.clamp_max(logits.shape[1] - 1)
+            answers.append(token.masked_fill(over, stop))
+            over |= token == stop
+            if bool(over.all()) or number == longest - 1:
+                break
+            step = _one_more(token, packed, number)
+            start = Start(layer=0, hidden=backbone.ends.embed(step))
+            rows = backbone.run(step, stack, start, around=memory.next(backbone, step))
+    table = torch.stack(answers, 1).cpu().numpy()
+    ends = np.where((table == stop).any(1), (table == stop).argmax(1) + 1, table.shape[1])
+    return [row[:end] for row, end in zip(table, ends, strict=True)]
+
+
+def _one_more(token: torch.Tensor, packed: Packed, number: int) -> Packed:
+    """Return a batch of one token for each sequence, the ``number``-th after the prompt."""
+    count, device = packed.sequences, token.device
+    order = torch.arange(count, device=device)
+    return Packed(
+        ids=token,
+        positions=packed.lengths + number,
+        lengths=torch.ones_like(packed.lengths),
+        width=1,
+        sequence_of=order,
+        places=order,
+        slots=order,
+        inside=None,
+        token_counts=packed.sequence_counts,
+        sequence_counts=packed.sequence_counts,
+    )
+
+
+class _Memory:
+    """Keys and values of all layers, of prompts and of what has been answered so far."""
+
+    def __init__(self, packed: Packed, longest: int) -> None:
+        self.room = packed.width + longest
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """[sequence, head, place, size] of each layer."""
+
+    def first(self, backbone: Backbone, packed: Packed) -> Around:
+        plain = backbone.ends.around(packed)
+        return _Writing(packed, plain.rotary, self)
+
+    def next(self, backbone: Backbone, packed: Packed) -> Around:
+        return _Reading(packed, backbone.ends.around(packed).rotary, self)
+
+
+class _Writing(Around):
+    """Attention among the prompt's tokens, which remembers their keys and values."""
+
+    def __init__(
+        self, packed: Packed, rotary: tuple[torch.Tensor, torch.Tensor] | None, memory: _Memory
+    ) -> None:
+        super().__init__(packed, causal=True, rotary=rotary)
+        self._memory = memory
+
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float
+    ) -> torch.Tensor:
+        packed, kept = self.packed, []
+        for x in (keys, values):
+            room = x.new_zeros(packed.sequences, x.shape[1], self._memory.room, x.shape[2])
+            room[packed.sequence_of, :, packed.positions] = x
+            kept.append(room)
+        self._memory.layers.append((kept[0], kept[1]))
+        return super().attend(queries, keys, values, scale=scale)
+
+
+class _Reading(Around):
+    """Attention of one token of each sequence to all before it, layer after layer."""
+
+    def __init__(
+        self, packed: Packed, rotary: tuple[torch.Tensor, torch.Tensor] | None, memory: _Memory
+    ) -> None:
+        super().__init__(packed, causal=False, rotary=rotary)
+        self._layers = iter(memory.layers)
+        places = torch.arange(memory.room, device=packed.ids.device)
+        self._later = places[None] > packed.positions[:, None]
+
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float
+    ) -> torch.Tensor:
+        known_keys, known_values = next(self._layers)
+        order, place = self.packed.sequence_of, self.packed.positions
+        known_keys[order, :, place] = keys
+        known_values[order, :, place] = values
+        # Several heads of queries share one of keys and values, in order.
+        grouped = queries.unflatten(1, (keys.shape[1], -1))
+        scores = (grouped * scale) @ known_keys.transpose(2, 3)
+        scores = scores.masked_fill(self._later[:, None, None], -torch.inf)
+        return (scores.softmax(-1) @ known_values).flatten(1)
