@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from pwff_opt.errors import TrainingError
 from pwff_opt.federated.backbone import Backbone, Stack
 from pwff_opt.federated.blocks import Tensors, layer_of
+from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.reconcile import conflict, gram, stationarity, weights
-from pwff_opt.federated.stages import Passes, Stage
+from pwff_opt.federated.stages import Stage
 from pwff_opt.federated.tokens import Indices
 from pwff_opt.federated.workers import out_of_memory
 from pwff_opt.scenario import Training

@@ -121,6 +121,10 @@ class Features:
             completed=level.completed,
         )
 
+    def groups(self, sequences: Indices) -> list[Indices]:
+        """Return the sequences in whose company these are always computed, group by group."""
+        return [self._chunks[number] for number in np.unique(self._chunk_of[sequences])]
+
     def _filled(
         self,
         level: Level,

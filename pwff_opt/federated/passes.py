@@ -6,60 +6,88 @@ from collections.abc import Sequence
 
 import torch
 
-from pwff_opt.federated.backbone import NOTHING, Backbone, Stack
+from pwff_opt.federated.backbone import NOTHING, Backbone, Stack, Start
 from pwff_opt.federated.blocks import Tensors
 from pwff_opt.federated.features import Features, Level
 from pwff_opt.federated.tokens import Indices, Packed, Tokens
 
 
-class CachedPasses:
-    """Passes of the sequences that ``features`` knows, and of any others from the bottom.
+class Passes:
+    """Passes from the bottom of the model to its top.
 
     Parameters
     ----------
-    backbone, features
+    backbone
+    devices : who they are, in the order of ``stack``.
+    stack : their blocks.
+    """
+
+    def __init__(self, backbone: Backbone, devices: Sequence[int], stack: Stack) -> None:
+        self.backbone, self.devices, self.stack = backbone, devices, stack
+
+    def own(self, tokens: Tokens, batches: Sequence[Indices]) -> tuple[Packed, torch.Tensor]:
+        """Return sequences of ``tokens``, a batch for each device, packed, and what leaves the last layer.
+
+        The latter is [token, hidden], by each device's own blocks.
+        """
+        packed = Packed.of(tokens, batches, device=self.backbone.device)
+        return packed, self.backbone.run(packed, self.stack, self._start(tokens, batches, packed))
+
+    def base(self, tokens: Tokens, sequences: Indices) -> tuple[Packed, torch.Tensor]:
+        """Return the same of some sequences by the frozen model alone, without a gradient."""
+        packed = Packed.of(tokens, [sequences], device=self.backbone.device)
+        with torch.inference_mode():
+            return packed, self.backbone.run(packed, NOTHING, self.backbone.embed(packed))
+
+    def groups(self, sequences: Indices) -> list[Indices]:
+        """Return the sequences that are to be computed together, so that results do not depend on the past."""
+        return [sequences]
+
+    def _start(self, tokens: Tokens, batches: Sequence[Indices], packed: Packed) -> Start:
+        return self.backbone.embed(packed)
+
+
+class CachedPasses(Passes):
+    """The same from cached activations, for the sequences that ``features`` has.
+
+    Parameters
+    ----------
+    features
     level : up to where nothing is trained.
-    devices : who they are.
-    blocks, scales, common_scale : what is below ``level`` is as in here, for as long as this object lives.
-    stack : the blocks as they are in the pass; those above ``level`` may be on their way.
+    blocks, scales, common_scale : what is below ``level`` is as in here, for as long as this object lives;
+        what is above may be on its way in ``stack``.
     """
 
     def __init__(
         self,
         backbone: Backbone,
+        devices: Sequence[int],
+        stack: Stack,
+        *,
         features: Features,
         level: Level,
-        devices: Sequence[int],
         blocks: Sequence[Tensors],
         scales: Sequence[float],
         common_scale: float,
-        stack: Stack,
     ) -> None:
-        self._backbone, self._features, self._level = backbone, features, level
-        self.devices, self.stack = devices, stack
+        super().__init__(backbone, devices, stack)
+        self._features, self._level = features, level
         self._blocks, self._scales, self._common_scale = blocks, scales, common_scale
 
-    def own(self, tokens: Tokens, batches: Sequence[Indices]) -> tuple[Packed, torch.Tensor]:
-        packed = Packed.of(tokens, batches, device=self._backbone.device)
-        if tokens is self._features.tokens:
-            start = self._features.start(
-                self._level, self.devices, batches, self._blocks, self._scales, self._common_scale
-            )
-        else:
-            start = self._backbone.embed(packed)
-        return packed, self._backbone.run(packed, self.stack, start)
-
-    def base(self, tokens: Tokens, batches: Sequence[Indices]) -> tuple[Packed, torch.Tensor]:
-        packed = Packed.of(tokens, batches, device=self._backbone.device)
+    def base(self, tokens: Tokens, sequences: Indices) -> tuple[Packed, torch.Tensor]:
+        if tokens is not self._features.tokens:
+            return super().base(tokens, sequences)
+        top = Level(self.backbone.layer_count)
         with torch.inference_mode():
-            if tokens is not self._features.tokens:
-                return packed, self._backbone.run(packed, NOTHING, self._backbone.embed(packed))
-            start = self._features.start(
-                Level(self._backbone.layer_count),
-                self.devices,
-                batches,
-                [{}] * len(batches),
-                [1.0] * len(batches),
-                1.0,
-            )
-        return packed, start.hidden
+            start = self._features.start(top, self.devices[:1], [sequences], [{}], [1.0], 1.0)
+        return Packed.of(tokens, [sequences], device=self.backbone.device), start.hidden
+
+    def groups(self, sequences: Indices) -> list[Indices]:
+        return self._features.groups(sequences)
+
+    def _start(self, tokens: Tokens, batches: Sequence[Indices], packed: Packed) -> Start:
+        if tokens is not self._features.tokens:
+            return super()._start(tokens, batches, packed)
+        return self._features.start(
+            self._level, self.devices, batches, self._blocks, self._scales, self._common_scale
+        )

@@ -213,13 +213,13 @@ class Trainer:
     ) -> CachedPasses:
         return CachedPasses(
             self.backbone,
-            self.features,
-            self._level(decision),
             devices,
-            blocks,
-            scales,
-            self._common_scale,
             stack,
+            features=self.features,
+            level=self._level(decision),
+            blocks=blocks,
+            scales=scales,
+            common_scale=self._common_scale,
         )
 
     def _lengths(self, examples: Indices) -> Indices:

@@ -2,6 +2,6 @@
 
 from pwff_opt.federated.stages.classification import Classification
 from pwff_opt.federated.stages.language import Language
-from pwff_opt.federated.stages.stage import Loss, Passes, Stage
+from pwff_opt.federated.stages.stage import Loss, Stage
 
-__all__ = ["Classification", "Language", "Loss", "Passes", "Stage"]
+__all__ = ["Classification", "Language", "Loss", "Stage"]

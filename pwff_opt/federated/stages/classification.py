@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from pwff_opt.federated.backbone import Backbone
-from pwff_opt.federated.stages.stage import Loss, Passes, Plain, Stage
+from pwff_opt.federated.passes import Passes
+from pwff_opt.federated.stages.stage import Loss, Plain, Stage
 from pwff_opt.federated.tokens import Indices, Tokens, by_length
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from pwff_opt.federated.backbone import Backbone
-from pwff_opt.federated.stages.stage import Loss, Passes, Plain, Stage
+from pwff_opt.federated.passes import Passes
+from pwff_opt.federated.stages.stage import Loss, Plain, Stage
 from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
 
 

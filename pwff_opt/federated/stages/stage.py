@@ -1,4 +1,4 @@
-"""What every stage is to the trainer, and the trainer to it."""
+"""What every stage is to the trainer."""
 
 from __future__ import annotations
 
@@ -10,29 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pwff_opt.federated.backbone import Stack
-from pwff_opt.federated.tokens import Indices, Packed, Tokens
-
-
-class Passes(Protocol):
-    """Passes through the model for the devices of a batch, whose blocks it knows."""
-
-    @property
-    def devices(self) -> Sequence[int]:
-        """Who they are, in order."""
-
-    @property
-    def stack(self) -> Stack:
-        """Their blocks."""
-
-    def own(self, tokens: Tokens, batches: Sequence[Indices]) -> tuple[Packed, torch.Tensor]:
-        """Return sequences of ``tokens``, a batch for each device, packed, and what leaves the last layer.
-
-        The latter is [token, hidden], by each device's own blocks.
-        """
-
-    def base(self, tokens: Tokens, batches: Sequence[Indices]) -> tuple[Packed, torch.Tensor]:
-        """Return the same by the frozen model alone, without a gradient."""
+from pwff_opt.federated.passes import Passes
+from pwff_opt.federated.tokens import Indices, Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
