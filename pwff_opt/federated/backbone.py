@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from pwff_opt.errors import ModelError
 from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
-from pwff_opt.federated.blocks import Tensors
 from pwff_opt.federated.attention import Around
+from pwff_opt.federated.blocks import Tensors
 from pwff_opt.federated.families import HEADS, LAYERS, LORA_TARGETS, Ends, fused
 from pwff_opt.federated.products import Frozen
 from pwff_opt.federated.tokens import Packed
@@ -238,7 +238,7 @@ class Backbone:
         return stack.classify(self.ends.pool(hidden, packed), packed.sequence_counts)
 
     def next_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits of the next token, [row, vocabulary], of what leaves the last layer, [row, hidden]."""
+        """Return logits [row, vocabulary] of what leaves the last layer, [row, hidden]."""
         assert self._vocabulary is not None
         return self._vocabulary(self.ends.norm(hidden)).float()
 

@@ -16,7 +16,7 @@ from pwff_opt.federated.backbone import Backbone, Stack
 from pwff_opt.federated.blocks import Tensors, layer_of
 from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.reconcile import conflict, gram, stationarity, weights
-from pwff_opt.federated.stages import Stage
+from pwff_opt.federated.stages import Lesson, Stage
 from pwff_opt.federated.tokens import Indices
 from pwff_opt.federated.workers import out_of_memory
 from pwff_opt.scenario import Training
@@ -134,9 +134,9 @@ class Cohort:
         """Take the steps of a round, ``batches`` [device][step]; return what each device has learned."""
         losses, notes = [], []
         for number, step in enumerate(zip(*batches, strict=True)):
-            stage, ready = self._stage.prepared(step, self._passes, round=round, step=number)
-            for _ in range(stage.updates):
-                loss, note = self._gradients(stage, ready)
+            lesson, ready = self._stage.lesson(step, self._passes, round=round, step=number)
+            for _ in range(lesson.updates):
+                loss, note = self._gradients(lesson, ready)
                 losses.append(loss)
                 notes.append(note)
                 if self._pull is not None:
@@ -157,13 +157,13 @@ class Cohort:
         ]
 
     def _gradients(
-        self, stage: Stage, batches: Sequence[Indices]
+        self, lesson: Lesson, batches: Sequence[Indices]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Leave the reconciled gradients of the mean losses; return these, [device], and notes."""
         while True:
             self._grad.zero_()
             try:
-                losses, gradients = self._accumulate(stage, batches)
+                losses, gradients = self._accumulate(lesson, batches)
                 break
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
@@ -186,18 +186,18 @@ class Cohort:
         return loss, {name: values.cpu() for name, values in notes.items()}
 
     def _accumulate(
-        self, stage: Stage, batches: Sequence[Indices]
+        self, lesson: Lesson, batches: Sequence[Indices]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the losses [device, objective], and of several the gradients [objective, parameter].
 
         The gradient of a single one is left where it is.
         """
-        count = len(stage.objectives)
+        count = len(self._stage.objectives)
         total = torch.zeros(len(batches), count)
         gradients = torch.zeros(count, len(self._grad)).to(self._grad) if count > 1 else None
         cut = [np.array_split(batch, self._pieces) for batch in batches]
         for piece in zip(*cut, strict=True):
-            for loss in stage.losses(piece, self._passes):
+            for loss in lesson.losses(piece, self._passes):
                 each = loss.each / self._batch
                 if each.requires_grad:
                     each.sum().backward(retain_graph=loss.graph_goes_on)

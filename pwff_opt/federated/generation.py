@@ -144,4 +144,5 @@ class _Reading(Around):
         grouped = queries.unflatten(1, (keys.shape[1], -1))
         scores = (grouped * scale) @ known_keys.transpose(2, 3)
         scores = scores.masked_fill(self._later[:, None, None], -torch.inf)
-        return (scores.softmax(-1) @ known_values).flatten(1)
+        attended: torch.Tensor = (scores.softmax(-1) @ known_values).flatten(1)
+        return attended

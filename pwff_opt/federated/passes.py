@@ -40,7 +40,7 @@ class Passes:
             return packed, self.backbone.run(packed, NOTHING, self.backbone.embed(packed))
 
     def groups(self, sequences: Indices) -> list[Indices]:
-        """Return the sequences that are to be computed together, so that results do not depend on the past."""
+        """Return sequences to be computed together, so that results do not depend on the past."""
         return [sequences]
 
     def _start(self, tokens: Tokens, batches: Sequence[Indices], packed: Packed) -> Start:

@@ -15,7 +15,9 @@ the scale :math:`s`, which makes :math:`\rho` a number without unit, are ours.
 
 With :math:`d = g_1 - g_2` the minimum is at
 
-.. math:: \lambda_1 = \frac{2 \rho\, w_1 - d \cdot g_2 / s}{2 \rho + d \cdot d / s}, \quad \text{cut to } [0, 1].
+.. math:: \lambda_1 = \frac{2 \rho\, w_1 - d \cdot g_2 / s}{2 \rho + d \cdot d / s},
+
+cut to [0, 1].
 """
 
 from __future__ import annotations

@@ -225,7 +225,8 @@ class Trainer:
     def _lengths(self, examples: Indices) -> Indices:
         """Return how many tokens each example has in all its sequences."""
         lengths = self.stage.tokens.lengths[self.stage.sequences(examples)]
-        return lengths.reshape(len(examples), -1).sum(1)
+        sums: Indices = lengths.reshape(len(examples), -1).sum(1)
+        return sums
 
     def batches(self, number: int, device: int) -> list[Indices]:
         """Return the mini-batches of one device in one round.

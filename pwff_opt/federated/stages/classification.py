@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pwff_opt.federated.backbone import Backbone
 from pwff_opt.federated.passes import Passes
-from pwff_opt.federated.stages.stage import Loss, Plain, Stage
+from pwff_opt.federated.stages.stage import Loss, Plain
 from pwff_opt.federated.tokens import Indices, Tokens, by_length
 
 
@@ -22,11 +22,6 @@ class Classification(Plain):
         super().__init__(tokens)
         self._backbone = backbone
         self._labels = torch.from_numpy(labels)
-
-    def prepared(
-        self, batches: Sequence[Indices], passes: Passes, *, round: int, step: int
-    ) -> tuple[Stage, Sequence[Indices]]:
-        return self, batches
 
     def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
         packed, hidden = passes.own(self.tokens, batches)

@@ -10,7 +10,7 @@ import torch
 
 from pwff_opt.federated.backbone import Backbone
 from pwff_opt.federated.passes import Passes
-from pwff_opt.federated.stages.stage import Loss, Plain, Stage
+from pwff_opt.federated.stages.stage import Loss, Plain
 from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
 
 
@@ -32,11 +32,6 @@ class Language(Plain):
     def __init__(self, backbone: Backbone, tokens: Tokens, starts: Indices) -> None:
         super().__init__(tokens)
         self._backbone, self._starts = backbone, starts
-
-    def prepared(
-        self, batches: Sequence[Indices], passes: Passes, *, round: int, step: int
-    ) -> tuple[Stage, Sequence[Indices]]:
-        return self, batches
 
     def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
         packed, hidden = passes.own(self.tokens, batches)

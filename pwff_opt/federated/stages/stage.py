@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +26,16 @@ class Loss:
     """Whether the next objective's loss hangs on the same pass through the model."""
 
 
+class Lesson(Protocol):
+    """What a step learns from."""
+
+    updates: int
+    """Steps on it."""
+
+    def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
+        """Yield the losses of examples, a batch for each device, objective by objective."""
+
+
 class Stage(Protocol):
     """What is learned from which examples, and how well.
 
@@ -33,8 +44,6 @@ class Stage(Protocol):
 
     objectives: tuple[str, ...]
     """Names; there is a gradient for each, and they are reconciled on the device."""
-    updates: int
-    """Steps on each mini-batch."""
 
     @property
     def tokens(self) -> Tokens:
@@ -46,13 +55,10 @@ class Stage(Protocol):
     def wishes(self, devices: Sequence[int]) -> NDArray[np.float64]:
         """Return the weights of the objectives to each device's user, [device, objective], 1 in sum."""
 
-    def prepared(
+    def lesson(
         self, batches: Sequence[Indices], passes: Passes, *, round: int, step: int
-    ) -> tuple[Stage, Sequence[Indices]]:
-        """Return what a step learns from: itself and the batches, or answers that it samples now."""
-
-    def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
-        """Yield the losses of examples, a batch for each device, objective by objective."""
+    ) -> tuple[Lesson, Sequence[Indices]]:
+        """Return what a step learns from, a batch for each device: examples, or answers sampled now."""
 
     def measures(self, examples: Indices, passes: Passes) -> dict[str, float]:
         """Return how well one device's model does on examples.
@@ -61,8 +67,8 @@ class Stage(Protocol):
         """
 
 
-class Plain:
-    """What most stages have in common: one objective, and examples that are sequences."""
+class Plain(ABC):
+    """What most stages have in common: one objective, examples that are sequences, and no sampling."""
 
     objectives: tuple[str, ...] = ("loss",)
     updates = 1
@@ -79,3 +85,12 @@ class Plain:
 
     def wishes(self, devices: Sequence[int]) -> NDArray[np.float64]:
         return np.ones((len(devices), 1))
+
+    def lesson(
+        self, batches: Sequence[Indices], passes: Passes, *, round: int, step: int
+    ) -> tuple[Lesson, Sequence[Indices]]:
+        return self, batches
+
+    @abstractmethod
+    def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
+        """See :class:`Lesson`."""

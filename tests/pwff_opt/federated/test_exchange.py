@@ -590,9 +590,7 @@ def test_half_precision_costs_no_more_than_it_must(small: Scenario, tmp_path: Pa
     exchange = Exchange(scenario, 1, decision)
     learned = trainer._local_steps([0, 1, 2], before, decision, exchange, 1)
     a, b = "lora.1.query.A", "lora.1.query.B"
-    sent = [
-        Factors(a=new.blocks[a].half(), b=new.blocks[b].half(), scale=2.0) for new in learned
-    ]
+    sent = [Factors(a=new.blocks[a].half(), b=new.blocks[b].half(), scale=2.0) for new in learned]
     old = state.devices[0]["delta.1.query"].double()
     own = played(trainer, "1x4:aaa", state, 1).devices[0]
     gained, expected = low_rank(own, "1.query") - old, ideal(sent, [1.0] * 3)
