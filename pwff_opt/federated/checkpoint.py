@@ -65,7 +65,9 @@ def load_checkpoint(path: Path) -> tuple[State, list[TrainedRound]] | None:
             moments: Tensors = {}
             for key in file.keys():  # noqa: SIM118  (not a mapping)
                 holder, name = key.split("/", 1)
-                tensor = file.get_tensor(key)
+                # A copy: as the file has it, it may begin anywhere in memory, and products then
+                # round otherwise.
+                tensor = file.get_tensor(key).clone()
                 if holder == "shared":
                     for own in devices:
                         own[name] = tensor

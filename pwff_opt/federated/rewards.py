@@ -165,8 +165,11 @@ class Reader:
     def __init__(self, source: str, *, dtype: str = "float32") -> None:
         family = Architecture.from_config(model_config(source), classes=1).family
         pooling = "mean" if family == "bert" else "model"
+        self._limit = min(
+            MAX_TOKENS, model_config(source).get("max_position_embeddings", MAX_TOKENS)
+        )
         self.backbone = Backbone(
-            source, family=family, classes=1, pooling=pooling, max_tokens=MAX_TOKENS, dtype=dtype
+            source, family=family, classes=1, pooling=pooling, max_tokens=self._limit, dtype=dtype
         )
         self._tokenizer = AutoTokenizer.from_pretrained(source)
         self._pad_id = pad_token_id(source)
@@ -174,7 +177,7 @@ class Reader:
 
     def read(self, prompts: Sequence[str], answers: Sequence[str]) -> Tokens:
         encoded = self._tokenizer(
-            list(prompts), list(answers), truncation=True, max_length=MAX_TOKENS
+            list(prompts), list(answers), truncation=True, max_length=self._limit
         )["input_ids"]
         return Tokens(
             ids=np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded]),
@@ -275,13 +278,16 @@ def _scored(reader: Reader, blocks: Tensors, pairs: Pairs) -> tuple[FloatArray, 
 def fitted_temperature(differences: FloatArray) -> float:
     """Return the temperature by which chosen minus rejected scores are the likeliest log-odds.
 
-    Kept within 0.05 to 20: where all pairs are told apart, or none, there is no likeliest one.
+    Of n pairs one more is taken to be preferred either way, so that pairs which are all told apart do not
+    make it sure of everything (Platt 1999, section 2.2).
     """
-    found = minimize_scalar(
-        lambda log: float(-log_expit(differences * np.exp(-log)).mean()),
-        bounds=(np.log(0.05), np.log(20.0)),
-        method="bounded",
-    )
+    right = (len(differences) + 1) / (len(differences) + 2)
+
+    def surprise(log: float) -> float:
+        odds = differences * np.exp(-log)
+        return float(-(right * log_expit(odds) + (1 - right) * log_expit(-odds)).mean())
+
+    found = minimize_scalar(surprise, bounds=(np.log(1e-3), np.log(1e3)), method="bounded")
     return float(np.exp(found.x))
 
 
@@ -311,6 +317,7 @@ def _load(path: Path) -> tuple[Tensors, dict[str, Any]] | None:
     try:
         with safe_open(path, framework="pt") as file:
             told = json.loads(file.metadata()["told"])
-            return {name: file.get_tensor(name) for name in file.keys()}, told  # noqa: SIM118
+            # Copies, for the sake of their place in memory: see load_checkpoint.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, told  # noqa: SIM118
     except (FileNotFoundError, SafetensorError, KeyError, ValueError, TypeError):
         return None
