@@ -35,22 +35,6 @@ from pwff_opt.models import model_config, model_source
 from pwff_opt.scenario import Scenario
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """What the data are like, to be told before the work begins."""
-
-    sentences: int
-    domains: tuple[str, ...]
-    classes: tuple[str, ...]
-    majority: float
-    """Test accuracy of always naming the class most common in all training data, mean over devices."""
-    majority_per_device: float
-    """The same, each device naming its own most common class."""
-    epsilon: float | None = None
-    """Where noise is added, what all rounds spend of (epsilon, aggregation.privacy_delta)-privacy of a
-    device, as to the shared blocks; accuracies that are published spend more."""
-
-
 class FederatedEvaluator:
     """Trains schedules with the scenario's model and data, and keeps a checkpoint after every round.
 
@@ -81,71 +65,43 @@ class FederatedEvaluator:
         self._folder = Path(checkpoints)
         self._tick, self._worker_count = tick, workers
         self.device_rounds = 0
-        devices = len(scenario.devices)
-        corpus = load_corpus(scenario.data, folder=Path(scenario.folder))
-        held = partition(corpus, scenario.data, devices=devices, seed=scenario.seeds.data)
-        used = np.concatenate([np.concatenate([s.train, s.validation, s.test]) for s in held])
-        labels = corpus.labels[used]
-        sizes = [len(part) for s in held for part in (s.train, s.validation, s.test)]
-        parts = np.split(np.arange(len(used)), np.cumsum(sizes)[:-1])
-        self.shards = [
-            Shard(train=parts[3 * k], validation=parts[3 * k + 1], test=parts[3 * k + 2])
-            for k in range(devices)
-        ]
-        self.source = model_source(scenario.model.source, folder=scenario.folder)
-        self.class_names = corpus.class_names
-        architecture = Architecture.from_config(
-            model_config(self.source),
-            classes=len(corpus.class_names),
-            pooling=scenario.model.pooling,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(self.source)
-        texts = [corpus.texts[index] for index in used]
-        self.tokens = tokenise(
-            texts,
-            tokenizer,
-            max_tokens=scenario.model.max_tokens,
-            pad_id=pad_token_id(self.source),
-        )
-        lengths = [self.tokens.lengths[shard.train].astype(float) for shard in self.shards]
-        self._workload = Workload(
-            classes=len(corpus.class_names),
-            mean_tokens=np.array([own.mean() for own in lengths]),
-            mean_squared_tokens=np.array([(own**2).mean() for own in lengths]),
-        )
-        self.backbone = Backbone(
-            self.source,
-            family=architecture.family,
-            classes=len(corpus.class_names),
-            pooling=scenario.model.pooling,
-            max_tokens=scenario.model.max_tokens,
-            dtype=scenario.training.base_dtype,
-        )
-        self.stage = Classification(self.backbone, self.tokens, labels)
-        self.trainer = Trainer(scenario, self.backbone, self.stage, self.shards, workers=workers)
-        self.labels = labels
-        self.summary = replace(
-            _summary(corpus.class_names, corpus.domain_names, labels, self.shards),
-            epsilon=_epsilon(scenario),
-        )
+        self.material = Material.of(scenario)
+        self.trainer = self._trainer(scenario)
 
     @property
     def workload(self) -> Workload:
-        return self._workload
+        return self.material.workload
+
+    @property
+    def summary(self) -> Summary:
+        """What the data are like."""
+        return self.material.summary
+
+    @property
+    def epsilon(self) -> float | None:
+        """Where noise is added, what all rounds spend of a device's privacy as to the shared blocks.
+
+        (epsilon, ``aggregation.privacy_delta``); accuracies that are published spend more.
+        """
+        return _epsilon(self.scenario)
 
     def with_seed(self, seed: int) -> FederatedEvaluator:
         """Return an evaluator of the same model and data, which it shares, with another training seed."""
         other = copy(self)
         other.scenario = replace(self.scenario, seeds=replace(self.scenario.seeds, training=seed))
-        other.trainer = Trainer(
-            other.scenario,
-            self.backbone,
-            self.stage,
-            self.shards,
-            workers=self._worker_count,
-            features=self.trainer.features,
-        )
+        other.trainer = other._trainer(other.scenario, self.trainer.features)
         return other
+
+    def _trainer(self, scenario: Scenario, features: Features | None = None) -> Trainer:
+        held = self.material
+        return Trainer(
+            scenario,
+            held.backbone,
+            held.stage,
+            held.shards,
+            workers=self._worker_count,
+            features=features,
+        )
 
     def train(self, schedule: Schedule) -> Evaluation:
         start = time.perf_counter()
@@ -172,16 +128,16 @@ class FederatedEvaluator:
 
     def save_device(self, schedule: Schedule, device: int, folder: str | Path) -> None:
         """Write one device's model after a schedule; see :mod:`pwff_opt.federated.export`."""
-        if not 0 <= device < len(self.shards):
-            raise DataError(f"device must be in 0..{len(self.shards) - 1}, got {device}")
+        if not 0 <= device < len(self.material.shards):
+            raise DataError(f"device must be in 0..{len(self.material.shards) - 1}, got {device}")
         state, _ = self._trained(schedule)
         save_device_model(
             Path(folder),
             state.devices[device],
-            source=self.source,
-            family=self.backbone.family,
-            pooling=self.backbone.pooling,
-            class_names=self.class_names,
+            source=self.material.source,
+            family=self.material.backbone.family,
+            pooling=self.material.backbone.pooling,
+            class_names=self.material.class_names,
             peft=self.scenario.peft,
         )
 
@@ -210,27 +166,6 @@ class FederatedEvaluator:
     def _count(self) -> None:
         self.device_rounds += 1
         self._tick(self.device_rounds)
-
-
-def _summary(
-    classes: tuple[str, ...],
-    domains: tuple[str, ...],
-    labels: NDArray[np.int64],
-    shards: list[Shard],
-) -> Summary:
-    count = len(classes)
-    train = [np.bincount(labels[shard.train], minlength=count) for shard in shards]
-    test = [np.bincount(labels[shard.test], minlength=count) / len(shard.test) for shard in shards]
-    common = int(np.sum(train, axis=0).argmax())
-    return Summary(
-        sentences=len(labels),
-        domains=domains,
-        classes=classes,
-        majority=float(np.mean([shares[common] for shares in test])),
-        majority_per_device=float(
-            np.mean([shares[own.argmax()] for shares, own in zip(test, train, strict=True)])
-        ),
-    )
 
 
 def _epsilon(scenario: Scenario) -> float | None:

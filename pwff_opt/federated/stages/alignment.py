@@ -28,6 +28,7 @@ from scipy.special import expit
 from torch.nn import functional
 
 from pwff_opt.federated.backbone import NOTHING, Backbone
+from pwff_opt.federated.conversations import AXES
 from pwff_opt.federated.generation import generate
 from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.rewards import RewardModel
@@ -38,7 +39,6 @@ from pwff_opt.rng import stream
 from pwff_opt.scenario import Alignment
 
 FloatArray = NDArray[np.float64]
-AXES = ("helpfulness", "safety")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -150,7 +150,7 @@ class _Aligned:
         return [text.strip() for text in texts]
 
 
-class Preferences(_Aligned):
+class PreferencePairs(_Aligned):
     r"""Alignment by preference pairs.
 
     With :math:`h = \lambda_2 \big[\ln\frac{\pi(y_+|x)}{\pi_\text{ref}(y_+|x)} -
@@ -216,7 +216,7 @@ class Preferences(_Aligned):
         return known[sequences]
 
 
-class Sampled(_Aligned):
+class SampledAnswers(_Aligned):
     r"""Alignment by sampled answers: a policy gradient for each reward.
 
     For every prompt several answers are drawn; an answer's advantage on an axis is its reward less the

@@ -1,0 +1,395 @@
+"""What a scenario's devices learn from: data, dealt out and encoded, and the model that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+
+from pwff_opt.costs import Architecture, Workload
+from pwff_opt.federated.backbone import Backbone, pad_token_id
+from pwff_opt.federated.conversations import (
+    AXES,
+    Preferences,
+    load_demonstrations,
+    load_preferences,
+)
+from pwff_opt.federated.data import Corpus, load_corpus, load_texts
+from pwff_opt.federated.encoding import Encoded, encode_answers, encode_prompts, encode_texts
+from pwff_opt.federated.partition import Shard, partition, partition_preferences
+from pwff_opt.federated.rewards import Pairs, Reader, RewardModel
+from pwff_opt.federated.stages import Classification, Language, Stage
+from pwff_opt.federated.stages.alignment import Dialogues, PreferencePairs, SampledAnswers
+from pwff_opt.federated.tokens import Indices, Tokens, tokenise
+from pwff_opt.models import data_folder, model_config, model_source
+from pwff_opt.rng import stream
+from pwff_opt.scenario import Scenario
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What the data are like, to be told before the work begins."""
+
+    sentence: str
+    baseline: float | None = None
+    """Accuracy that takes no learning; None where none is known."""
+    baseline_name: str = ""
+    notes: tuple[str, ...] = ()
+    """More sentences."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Material:
+    """All that training needs but the schedule."""
+
+    source: str
+    """Folder or hub name of the model."""
+    backbone: Backbone
+    stage: Stage
+    shards: Sequence[Shard]
+    """[device]: of the stage's examples."""
+    workload: Workload
+    summary: Summary
+    labels: NDArray[np.int64] | None = None
+    """[example], of classification."""
+    class_names: tuple[str, ...] | None = None
+    rewards: tuple[RewardModel, ...] = ()
+    """One an axis, of alignment."""
+
+    @classmethod
+    def of(cls, scenario: Scenario) -> Material:
+        """Load model and data of a scenario, and deal these out.
+
+        Raises
+        ------
+        DataError, ModelError
+            They are not there, cannot be read, or do not suffice.
+        """
+        return _MAKERS[scenario.training.stage](scenario)
+
+
+def _classification(scenario: Scenario) -> Material:
+    corpus = load_corpus(scenario.data, folder=Path(scenario.folder))
+    shards, used = _dealt(corpus, scenario)
+    source, tokenizer, pad_id = _model(scenario)
+    tokens = tokenise(
+        [corpus.texts[index] for index in used],
+        tokenizer,
+        max_tokens=scenario.model.max_tokens,
+        pad_id=pad_id,
+    )
+    labels = corpus.labels[used]
+    backbone = _backbone(scenario, source, classes=len(corpus.class_names))
+    lengths = [tokens.lengths[shard.train].astype(float) for shard in shards]
+    return Material(
+        source=source,
+        backbone=backbone,
+        stage=Classification(backbone, tokens, labels),
+        shards=shards,
+        workload=Workload(
+            classes=len(corpus.class_names),
+            mean_tokens=np.array([own.mean() for own in lengths]),
+            mean_squared_tokens=np.array([(own**2).mean() for own in lengths]),
+        ),
+        summary=_classes_summary(corpus, labels, shards),
+        labels=labels,
+        class_names=corpus.class_names,
+    )
+
+
+def _pretraining(scenario: Scenario) -> Material:
+    corpus = load_texts(scenario.data, folder=Path(scenario.folder))
+    shards, used = _dealt(corpus, scenario)
+    source, tokenizer, pad_id = _model(scenario)
+    encoded = encode_texts(
+        [corpus.texts[index] for index in used],
+        tokenizer,
+        max_tokens=scenario.model.max_tokens,
+        pad_id=pad_id,
+    )
+    return _language(scenario, source, encoded, shards, corpus, "texts")
+
+
+def _instruction(scenario: Scenario) -> Material:
+    corpus = load_demonstrations(scenario.data, folder=Path(scenario.folder))
+    shards, used = _dealt(corpus, scenario)
+    source, tokenizer, pad_id = _model(scenario)
+    encoded = encode_answers(
+        [corpus.texts[index] for index in used],
+        [corpus.answers[index] for index in used],
+        tokenizer,
+        system_prompt=scenario.model.system_prompt,
+        max_tokens=scenario.model.max_tokens,
+        pad_id=pad_id,
+    )
+    return _language(scenario, source, encoded, shards, corpus, "prompts with answers")
+
+
+def _language(
+    scenario: Scenario,
+    source: str,
+    encoded: Encoded,
+    shards: Sequence[Shard],
+    corpus: Corpus,
+    what: str,
+) -> Material:
+    backbone = _backbone(scenario, source, classes=None)
+    return Material(
+        source=source,
+        backbone=backbone,
+        stage=Language(backbone, encoded.tokens, encoded.answer_start),
+        shards=shards,
+        workload=Workload(
+            **_lengths(encoded.tokens, [shard.train for shard in shards]),
+            mean_scored_tokens=_scored(encoded, [shard.train for shard in shards]),
+        ),
+        summary=Summary(
+            sentence=f"{len(encoded.tokens)} {what} of {len(corpus.domain_names)} domain(s); accuracy is the "
+            "share of tokens named right",
+            notes=_cuts(encoded, scenario),
+        ),
+    )
+
+
+def _alignment(scenario: Scenario) -> Material:
+    settings, devices = scenario.alignment, len(scenario.devices)
+    preferences = load_preferences(scenario.data, folder=Path(scenario.folder))
+    dealt = partition_preferences(
+        preferences,
+        scenario.data,
+        reward_share=settings.reward_share,
+        devices=devices,
+        seed=scenario.seeds.data,
+    )
+    source, tokenizer, pad_id = _model(scenario)
+    dialogues, encoded = _dialogues(preferences, dealt.pairs, tokenizer, scenario, pad_id)
+    reader = Reader(
+        model_source(settings.reward_model, folder=scenario.folder),
+        dtype=scenario.training.base_dtype,
+    )
+    rewards = tuple(
+        _reward(reader, preferences, dealt.reward_train, dealt.reward_held_out, axis, scenario)
+        for axis in range(len(AXES))
+    )
+    backbone = _backbone(
+        scenario, source, classes=None, more_tokens=settings.answer_tokens * (settings.optimiser == "grpo")
+    )
+    kind = SampledAnswers if settings.optimiser == "grpo" else PreferencePairs
+    stage = kind(
+        backbone,
+        tokenizer,
+        dialogues,
+        rewards,
+        settings,
+        [device.helpfulness for device in scenario.devices],
+        stop=int(tokenizer.eos_token_id),
+        seed=scenario.seeds.training,
+    )
+    told = [
+        f"{axis} told right in {model.reliability.accuracy:.3f} of {model.reliability.pairs} held-out "
+        f"pairs (calibration error {model.reliability.calibration_error:.3f})"
+        for axis, model in zip(AXES, rewards, strict=True)
+    ]
+    return Material(
+        source=source,
+        backbone=backbone,
+        stage=stage,
+        shards=dealt.shards,
+        workload=_alignment_workload(stage, dealt.shards, dialogues, encoded, reader, scenario),
+        summary=Summary(
+            sentence=f"{len(dealt.pairs)} pairs of answers on either axis; accuracy is the probability that "
+            "the user prefers an answer to the reference model's",
+            baseline=0.5,
+            baseline_name="the reference model",
+            notes=(f"reward models: {'; '.join(told)}", *_cuts(encoded, scenario)),
+        ),
+        rewards=rewards,
+    )
+
+
+_MAKERS = {
+    "classification": _classification,
+    "pretraining": _pretraining,
+    "instruction": _instruction,
+    "alignment": _alignment,
+}
+
+
+# -- parts ----------------------------------------------------------------------------------------
+
+
+def _dealt(corpus: Corpus, scenario: Scenario) -> tuple[list[Shard], Indices]:
+    """Return who holds what of the texts used, and which of the corpus those are."""
+    devices = len(scenario.devices)
+    held = partition(corpus, scenario.data, devices=devices, seed=scenario.seeds.data)
+    parts = [part for own in held for part in (own.train, own.validation, own.test)]
+    used = np.concatenate(parts)
+    places = np.split(np.arange(len(used)), np.cumsum([len(part) for part in parts])[:-1])
+    return [
+        Shard(train=places[3 * k], validation=places[3 * k + 1], test=places[3 * k + 2])
+        for k in range(devices)
+    ], used
+
+
+def _model(scenario: Scenario) -> tuple[str, Any, int]:
+    """Return where the model is, its tokenizer, and the token that fills up short sequences."""
+    source = model_source(scenario.model.source, folder=scenario.folder)
+    return source, AutoTokenizer.from_pretrained(source), pad_token_id(source)
+
+
+def _backbone(
+    scenario: Scenario, source: str, *, classes: int | None, more_tokens: int = 0
+) -> Backbone:
+    model = scenario.model
+    architecture = Architecture.from_config(
+        model_config(source), classes=classes, pooling=model.pooling
+    )
+    return Backbone(
+        source,
+        family=architecture.family,
+        classes=classes,
+        pooling=model.pooling,
+        max_tokens=model.max_tokens + more_tokens,
+        dtype=scenario.training.base_dtype,
+    )
+
+
+def _lengths(tokens: Tokens, held: Sequence[Indices], each: int = 1) -> dict[str, Any]:
+    """Return the moments of an example's lengths, [device]; ``each``: its sequences."""
+    lengths = [tokens.lengths[sequences].astype(float) for sequences in held]
+    return {
+        "mean_tokens": np.array([each * own.mean() for own in lengths]),
+        "mean_squared_tokens": np.array([each * (own**2).mean() for own in lengths]),
+    }
+
+
+def _scored(encoded: Encoded, held: Sequence[Indices], each: int = 1) -> NDArray[np.float64]:
+    learned = encoded.tokens.lengths - encoded.answer_start
+    return np.array([each * learned[sequences].mean() for sequences in held])
+
+
+def _cuts(encoded: Encoded, scenario: Scenario) -> tuple[str, ...]:
+    if not encoded.prompts_cut and not encoded.answers_cut:
+        return ()
+    return (
+        f"model.max_tokens {scenario.model.max_tokens} cut the beginning of {encoded.prompts_cut} and the "
+        f"end of {encoded.answers_cut} of {len(encoded.tokens)} sequences",
+    )
+
+
+def _classes_summary(
+    corpus: Corpus, labels: NDArray[np.int64], shards: Sequence[Shard]
+) -> Summary:
+    count = len(corpus.class_names)
+    train = [np.bincount(labels[shard.train], minlength=count) for shard in shards]
+    test = [np.bincount(labels[shard.test], minlength=count) / len(shard.test) for shard in shards]
+    common = int(np.sum(train, axis=0).argmax())
+    majority = float(np.mean([shares[common] for shares in test]))
+    own = float(np.mean([shares[t.argmax()] for shares, t in zip(test, train, strict=True)]))
+    return Summary(
+        sentence=f"{len(labels)} texts of {len(corpus.domain_names)} domain(s), {count} classes",
+        baseline=majority,
+        baseline_name="always the most common class",
+        notes=(f"each device always naming its own most common class scores {own:.3f}",),
+    )
+
+
+def _dialogues(
+    preferences: Preferences, pairs: Indices, tokenizer: Any, scenario: Scenario, pad_id: int
+) -> tuple[Dialogues, Encoded]:
+    """Return the pairs of some examples [example, axis] as sequences, every answer to a prompt once."""
+    held = pairs.ravel()
+    prompts = list(dict.fromkeys(preferences.prompts[pair] for pair in held))
+    place_of = {prompt: place for place, prompt in enumerate(prompts)}
+    answers = [
+        (preferences.prompts[pair], answer)
+        for pair in held
+        for answer in (preferences.chosen[pair], preferences.rejected[pair])
+    ]
+    sequences = list(dict.fromkeys(answers))
+    sequence_of = {one: place for place, one in enumerate(sequences)}
+    how: dict[str, Any] = {
+        "system_prompt": scenario.model.system_prompt,
+        "max_tokens": scenario.model.max_tokens,
+        "pad_id": pad_id,
+    }
+    encoded = encode_answers(
+        [prompt for prompt, _ in sequences], [answer for _, answer in sequences], tokenizer, **how
+    )
+    places = np.array([sequence_of[one] for one in answers]).reshape(-1, 2)
+    return (
+        Dialogues(
+            tokens=encoded.tokens,
+            starts=encoded.answer_start,
+            prompt_of=np.array([place_of[prompt] for prompt, _ in sequences]),
+            answers=tuple(answer for _, answer in sequences),
+            prompts=tuple(prompts),
+            prompt_tokens=encode_prompts(prompts, tokenizer, **how).tokens,
+            pairs=np.arange(len(held)).reshape(pairs.shape),
+            chosen=places[:, 0],
+            rejected=places[:, 1],
+        ),
+        encoded,
+    )
+
+
+def _reward(
+    reader: Reader,
+    preferences: Preferences,
+    learned: Indices,
+    held_out: Indices,
+    axis: int,
+    scenario: Scenario,
+) -> RewardModel:
+    """Return the reward model of an axis; half of the groups held out calibrate it, half check it."""
+    own = held_out[preferences.axes[held_out] == axis]
+    groups = np.unique(preferences.groups[own])
+    order = stream(scenario.seeds.data, "rewards-held-out", item=axis).permutation(groups)
+    first = np.isin(preferences.groups[own], order[: max(1, len(order) // 2)])
+    parts = (learned[preferences.axes[learned] == axis], own[first], own[~first])
+    learn, calibrate, check = (
+        Pairs(
+            prompts=tuple(preferences.prompts[pair] for pair in part),
+            chosen=tuple(preferences.chosen[pair] for pair in part),
+            rejected=tuple(preferences.rejected[pair] for pair in part),
+        )
+        for part in parts
+    )
+    return RewardModel.of(
+        reader,
+        learn,
+        calibrate,
+        check if len(check) else calibrate,
+        steps=scenario.alignment.reward_steps,
+        seed=scenario.seeds.data,
+        folder=data_folder() / "rewards",
+    )
+
+
+def _alignment_workload(
+    stage: Stage,
+    shards: Sequence[Shard],
+    dialogues: Dialogues,
+    encoded: Encoded,
+    reader: Reader,
+    scenario: Scenario,
+) -> Workload:
+    held = [stage.sequences(shard.train) for shard in shards]
+    read = reader.read(
+        [dialogues.prompts[prompt] for prompt in dialogues.prompt_of], dialogues.answers
+    ).lengths.astype(float)
+    rewards: dict[str, Any] = {
+        "mean_reward_tokens": np.array([read[own].mean() for own in held]),
+        "mean_squared_reward_tokens": np.array([(read[own] ** 2).mean() for own in held]),
+    }
+    if scenario.alignment.optimiser == "grpo":
+        prompts = [dialogues.prompt_of[own] for own in held]
+        return Workload(**_lengths(dialogues.prompt_tokens, prompts), **rewards)
+    return Workload(
+        **_lengths(encoded.tokens, held, 4), mean_scored_tokens=_scored(encoded, held, 4), **rewards
+    )
