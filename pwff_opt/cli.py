@@ -194,23 +194,22 @@ def _search(run: RunFolder, scenario: Scenario, trainings: int, confirm: int) ->
     data = evaluator.summary
     run.begin(
         trainings=trainings,
-        majority=data.majority,
-        majority_per_device=data.majority_per_device,
-        epsilon=data.epsilon,
-        workload={
-            "classes": evaluator.workload.classes,
-            "mean_tokens": evaluator.workload.mean_tokens.tolist(),
-            "mean_squared_tokens": evaluator.workload.mean_squared_tokens.tolist(),
-        },
+        baseline=data.baseline,
+        baseline_per_device=data.baseline_per_device,
+        baseline_name=data.baseline_name,
+        epsilon=evaluator.epsilon,
+        workload=evaluator.workload.to_json(),
     )
     console.print(
         f"{scenario.name}: {len(scenario.devices)} devices, {scenario.training.rounds} rounds; "
-        f"{data.sentences} texts of {len(data.domains)} domain(s), {len(data.classes)} classes; "
-        f"always the most common class scores {data.majority:.3f}"
+        f"{data.sentence}"
+        + ("" if data.baseline is None else f"; {data.baseline_name} scores {data.baseline:.3f}")
     )
-    if data.epsilon is not None:
+    for note in data.notes:
+        console.print(note)
+    if evaluator.epsilon is not None:
         console.print(
-            f"shared blocks are ({data.epsilon:.2f}, {scenario.aggregation.privacy_delta:g})-private for "
+            f"shared blocks are ({evaluator.epsilon:.2f}, {scenario.aggregation.privacy_delta:g})-private for "
             "each device over all rounds; validation and test accuracies are not"
         )
     known = len(journal)

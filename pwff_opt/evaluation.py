@@ -18,7 +18,7 @@ from pwff_opt.scenario import Data, Model, Scenario
 from pwff_opt.scenario_io import resolved
 
 # Raised whenever the trainer would learn something else from the same scenario and schedule.
-TRAINER_VERSION = 3
+TRAINER_VERSION = 4
 
 logger = logging.getLogger(__name__)
 

@@ -70,9 +70,9 @@ def front_figure(folder: RunFolder) -> list[Path]:
             axis.set_xscale("log")
             if y == "energy_j":
                 axis.set_yscale("log")
-            elif "majority" in info:
+            elif info.get("baseline") is not None:
                 axis.axhline(
-                    info["majority"], color="black", lw=0.7, ls=":", label="majority class"
+                    info["baseline"], color="black", lw=0.7, ls=":", label=info["baseline_name"]
                 )
             for scale in (axis.xaxis, axis.yaxis):
                 if scale.get_scale() == "log":

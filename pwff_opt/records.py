@@ -19,7 +19,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from pwff_opt.costs import Workload
@@ -209,8 +208,7 @@ class Past:
         given = folder.info().get("workload")
         if given is None:
             raise RunError(f"{folder.path} has no workload in its run.json; run: pwff-opt front")
-        moments = {name: np.array(given[name]) for name in ("mean_tokens", "mean_squared_tokens")}
-        self.workload = Workload(classes=given["classes"], **moments)
+        self.workload = Workload.from_json(given)
         self._path = folder.path
 
     def train(self, schedule: Schedule) -> Evaluation:

@@ -371,6 +371,14 @@ class Scenario:
                 f"({self.data.train_per_device}), so that a round sees no example twice; "
                 f"got {self.training.local_steps} x {self.training.batch_size}"
             )
+        if stage == "alignment" and self.alignment.optimiser == "modpo":
+            for number, device in enumerate(self.devices):
+                if not 0.0 < device.helpfulness < 1.0:
+                    yield (
+                        f"devices[{number}].helpfulness must be greater than 0 and less than 1 for "
+                        "alignment.optimiser 'modpo', which divides by the weights of both axes; got "
+                        f"{device.helpfulness:g}"
+                    )
         yield from self._aggregation_relations()
         for key, values in (
             ("decisions.ranks", self.decisions.ranks),

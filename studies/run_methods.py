@@ -209,8 +209,8 @@ class Group:
                 "accuracy": scores.mean(),
                 "accuracy_worst_device": scores.min(),
                 "accuracy_std_devices": scores.std(),
-                "majority": evaluator.summary.majority,
-                "majority_per_device": evaluator.summary.majority_per_device,
+                "majority": evaluator.summary.baseline,
+                "majority_per_device": evaluator.summary.baseline_per_device,
                 "uplink_bit": uplink.mean(),
                 "diverged_devices": len(diverged),
             }
@@ -225,9 +225,9 @@ class Group:
         """Return accuracies on the test texts of the class that the last device holds alone."""
         if not self.setting.own_class:
             return {"own_class": math.nan, "own_class_others": math.nan}
-        label = evaluator.class_names.index(self.setting.own_class)
+        label = evaluator.material.class_names.index(self.setting.own_class)
         shards = evaluator.trainer.shards
-        texts = shards[-1].test[evaluator.labels[shards[-1].test] == label]
+        texts = shards[-1].test[evaluator.material.labels[shards[-1].test] == label]
         if not len(texts):  # few test texts, and an unlucky draw
             return {"own_class": math.nan, "own_class_others": math.nan}
         evaluator.trainer.shards = [replace(shard, test=texts) for shard in shards]

@@ -5,33 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from transformers import AutoTokenizer
-
-from pwff_opt.costs import Architecture, Workload
+from pwff_opt.costs import Workload
 from pwff_opt.decision import Schedule
 from pwff_opt.errors import DataError, PwffError
 from pwff_opt.evaluation import Evaluation, TrainedRound, learning_key
-from pwff_opt.federated.backbone import Backbone, pad_token_id
 from pwff_opt.federated.checkpoint import (
     checkpoint_path,
     load_checkpoint,
     make_room,
     save_checkpoint,
 )
-from pwff_opt.federated.data import load_corpus
 from pwff_opt.federated.exchange import State
 from pwff_opt.federated.export import save_device_model
-from pwff_opt.federated.partition import Shard, partition
+from pwff_opt.federated.features import Features
+from pwff_opt.federated.material import Material, Summary
 from pwff_opt.federated.privacy import spent_epsilon
-from pwff_opt.federated.stages import Classification
-from pwff_opt.federated.tokens import tokenise
 from pwff_opt.federated.trainer import Trainer
-from pwff_opt.models import model_config, model_source
 from pwff_opt.scenario import Scenario
 
 

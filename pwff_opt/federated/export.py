@@ -16,7 +16,11 @@ from torch import nn
 
 from pwff_opt.errors import ModelError
 from pwff_opt.federated.adapters import pool_by_mean
-from pwff_opt.federated.backbone import load_classifier, lora_config
+from pwff_opt.federated.backbone import (
+    load_classifier,
+    load_language_model,
+    lora_config,
+)
 from pwff_opt.federated.blocks import Tensors, lora_scale
 from pwff_opt.federated.families import HEADS
 from pwff_opt.federated.peft_bottleneck import BottleneckConfig
@@ -34,7 +38,7 @@ def save_device_model(
     source: str,
     family: str,
     pooling: str,
-    class_names: Sequence[str],
+    class_names: Sequence[str] | None,
     peft: Peft,
 ) -> None:
     """Write one device's blocks as two peft adapters, and what else the model needs as a JSON file.
@@ -44,18 +48,20 @@ def save_device_model(
 
     Written over an older export, it takes its place at the end: killed before that, the older one is
     left; killed while its parts are exchanged, the folder has no JSON file, and does not load.
+
+    ``class_names`` None: a language model with its own head, which stays as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = load_classifier(source, classes=len(class_names))
+    model = _base(source, class_names)
     info = {
         "model": source,
-        "classes": list(class_names),
+        "classes": None if class_names is None else list(class_names),
         "pooling": pooling,
         "pad_token_id": model.config.pad_token_id,
     }
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
         new = Path(name)
-        lora = _with_lora(model, blocks, family, peft)
+        lora = _with_lora(model, blocks, family, peft, classifies=class_names is not None)
         lora.save_pretrained(new / LORA)
         _with_bottlenecks(lora.unload(), blocks).save_pretrained(new / BOTTLENECK)
         (new / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
@@ -67,8 +73,16 @@ def save_device_model(
         (new / INFO).rename(folder / INFO)
 
 
-def _with_lora(model: Any, blocks: Tensors, family: str, peft: Peft) -> PeftModel:
-    """Return the model with a device's LoRA and head."""
+def _base(source: str, class_names: Sequence[str] | None) -> Any:
+    if class_names is None:
+        return load_language_model(source, family="llama")
+    return load_classifier(source, classes=len(class_names))
+
+
+def _with_lora(
+    model: Any, blocks: Tensors, family: str, peft: Peft, *, classifies: bool
+) -> PeftModel:
+    """Return the model with a device's LoRA and, if it classifies, head."""
     factors = _factors(blocks, peft)
     ranks = {name: len(a) for name, (a, _) in factors.items()}
     rank = max(ranks.values(), default=1)
@@ -78,8 +92,8 @@ def _with_lora(model: Any, blocks: Tensors, family: str, peft: Peft) -> PeftMode
         family,
         rank,
         1.0,  # the scale is in B
-        task_type=TaskType.SEQ_CLS,
-        modules_to_save=[head],
+        task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM,
+        modules_to_save=[head] if classifies else None,
         layers_to_transform=sorted({int(name.split(".")[0]) for name in ranks}) or [0],
         rank_pattern=others,
         alpha_pattern=others,
@@ -161,6 +175,7 @@ def load_device_model(folder: str | Path) -> PeftModel:
     import pwff_opt.federated.peft_bottleneck  # peft knows bottleneck adapters from here on
 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes)
+    # or, where device.json has no classes: AutoModelForCausalLM.from_pretrained(base)
     pool_by_mean(model)  # where device.json says so
     model.config.pad_token_id = ...  # the one in device.json; only decoders need it
     model = PeftModel.from_pretrained(model, f"{folder}/lora").merge_and_unload()
@@ -173,7 +188,7 @@ def load_device_model(folder: str | Path) -> PeftModel:
         info: dict[str, Any] = json.loads((folder / INFO).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} must hold a device model ({INFO}): {error}") from error
-    model = load_classifier(info["model"], classes=len(info["classes"]))
+    model = _base(info["model"], info["classes"])
     model.config.pad_token_id = info["pad_token_id"]
     if info["pooling"] == "mean":
         pool_by_mean(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Summary:
     sentence: str
     baseline: float | None = None
     """Accuracy that takes no learning; None where none is known."""
+    baseline_per_device: float | None = None
+    """Where it differs between devices, each by its own."""
     baseline_name: str = ""
     notes: tuple[str, ...] = ()
     """More sentences."""
@@ -177,7 +179,10 @@ def _alignment(scenario: Scenario) -> Material:
         for axis in range(len(AXES))
     )
     backbone = _backbone(
-        scenario, source, classes=None, more_tokens=settings.answer_tokens * (settings.optimiser == "grpo")
+        scenario,
+        source,
+        classes=None,
+        more_tokens=settings.answer_tokens * (settings.optimiser == "grpo"),
     )
     kind = SampledAnswers if settings.optimiser == "grpo" else PreferencePairs
     stage = kind(
@@ -282,9 +287,7 @@ def _cuts(encoded: Encoded, scenario: Scenario) -> tuple[str, ...]:
     )
 
 
-def _classes_summary(
-    corpus: Corpus, labels: NDArray[np.int64], shards: Sequence[Shard]
-) -> Summary:
+def _classes_summary(corpus: Corpus, labels: NDArray[np.int64], shards: Sequence[Shard]) -> Summary:
     count = len(corpus.class_names)
     train = [np.bincount(labels[shard.train], minlength=count) for shard in shards]
     test = [np.bincount(labels[shard.test], minlength=count) / len(shard.test) for shard in shards]
@@ -294,8 +297,8 @@ def _classes_summary(
     return Summary(
         sentence=f"{len(labels)} texts of {len(corpus.domain_names)} domain(s), {count} classes",
         baseline=majority,
+        baseline_per_device=own,
         baseline_name="always the most common class",
-        notes=(f"each device always naming its own most common class scores {own:.3f}",),
     )
 
 

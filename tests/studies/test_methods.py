@@ -247,6 +247,6 @@ def test_no_test_text_of_the_class_is_a_missing_number(text, tmp_path, monkeypat
     group = study.Group(base, "hutto", 1, tmp_path, 2)
     scenario, plan = group.configured("shared")
     evaluator = FederatedEvaluator(scenario, tmp_path)
-    evaluator.class_names = (*evaluator.class_names, "never seen")
+    evaluator.material.class_names = (*evaluator.material.class_names, "never seen")
     group.setting = study.replace(group.setting, own_class="never seen")
     assert all(map(math.isnan, group._own_class(evaluator, plan).values()))

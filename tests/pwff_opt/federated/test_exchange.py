@@ -119,10 +119,10 @@ def test_a_rank_that_grows_leaves_the_model_as_it_was(
 ) -> None:
     scenario = variant(small, {"lora_scaling": scaling}, {})
     evaluator = FederatedEvaluator(scenario, tmp_path)
-    trainer, backbone = evaluator.trainer, evaluator.backbone
+    trainer, backbone = evaluator.trainer, evaluator.material.backbone
     state, _ = evaluator._trained(Schedule.parse("1x2:paa", devices=3))
-    batch = evaluator.shards[1].test
-    packed = Packed.of(evaluator.tokens, [batch])
+    batch = evaluator.material.shards[1].test
+    packed = Packed.of(evaluator.material.stage.tokens, [batch])
     outputs = []
     for rank in (2, 4):
         blocks = trainer._prepared(state.devices[1], rank, (True,) * 3, 1, 1)
@@ -178,10 +178,10 @@ def test_more_noise_costs_accuracy_and_less_epsilon(small: Scenario, tmp_path: P
     for noise in (1.0, 4.0):
         scenario = variant(small, {}, {"clip_norm": 1.0, "noise_multiplier": noise})
         evaluator = FederatedEvaluator(scenario, tmp_path / str(noise))
-        assert evaluator.summary.epsilon is not None
-        spent.append(evaluator.summary.epsilon)
+        assert evaluator.epsilon is not None
+        spent.append(evaluator.epsilon)
     assert 0 < spent[1] < spent[0]
-    assert FederatedEvaluator(small, tmp_path / "none").summary.epsilon is None
+    assert FederatedEvaluator(small, tmp_path / "none").epsilon is None
 
 
 @pytest.mark.parametrize(

@@ -119,13 +119,13 @@ def test_whatever_training_leaves_loads_with_plain_peft(
         model = AutoModelForSequenceClassification.from_pretrained(
             scenario.model.source, num_labels=3, ignore_mismatched_sizes=True
         )
-        model.config.pad_token_id = evaluator.tokens.pad_id
+        model.config.pad_token_id = evaluator.material.stage.tokens.pad_id
         if scenario.model.pooling == "mean":
             pool_by_mean(model)
         model = PeftModel.from_pretrained(model, folder / "lora").merge_and_unload()
         model = PeftModel.from_pretrained(model, folder / "bottleneck").eval()
-        test = evaluator.shards[device].test
-        packed = Packed.of(evaluator.tokens, [test])
+        test = evaluator.material.shards[device].test
+        packed = Packed.of(evaluator.material.stage.tokens, [test])
         stack = Stack(
             [blocks],
             [lora_scale(scenario.peft, rank) if rank else 1.0],
@@ -133,12 +133,14 @@ def test_whatever_training_leaves_loads_with_plain_peft(
         )
         mask = torch.arange(packed.width) < packed.lengths[:, None]
         ids = packed.ids[packed.slots].view(mask.shape)
-        ids = ids.masked_fill(~mask, evaluator.tokens.pad_id)
+        ids = ids.masked_fill(~mask, evaluator.material.stage.tokens.pad_id)
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=mask.long()).logits
-            expected = evaluator.backbone.logits(packed, stack, evaluator.backbone.embed(packed))
+            expected = evaluator.material.backbone.logits(
+                packed, stack, evaluator.material.backbone.embed(packed)
+            )
         torch.testing.assert_close(logits, expected.cpu(), atol=2e-5, rtol=2e-5)
-        right = logits.argmax(-1) == torch.from_numpy(evaluator.labels[test])
+        right = logits.argmax(-1) == torch.from_numpy(evaluator.material.labels[test])
         assert right.double().mean().item() == pytest.approx(reported[device])
 
 

@@ -31,13 +31,13 @@ SCHEDULES = [
 
 def hidden(evaluator: FederatedEvaluator, schedule: Schedule, device: int) -> tuple[Any, Any]:
     """Return the activations that the last round's training starts from, cached and computed."""
-    trainer, backbone = evaluator.trainer, evaluator.backbone
+    trainer, backbone = evaluator.trainer, evaluator.material.backbone
     state, _ = evaluator._trained(schedule)
     decision = schedule.rounds[-1]
     level = trainer._level(decision)
-    own, batch = state.devices[device], evaluator.shards[device].validation
+    own, batch = state.devices[device], evaluator.material.shards[device].validation
     scale = trainer._scale(decision.ranks[device])
-    packed = Packed.of(evaluator.tokens, [batch])
+    packed = Packed.of(evaluator.material.stage.tokens, [batch])
     with torch.inference_mode():
         cached = trainer.features.start(level, [device], [batch], [own], [scale], 1.0)
         whole = backbone.run(
@@ -82,12 +82,12 @@ def test_the_base_models_activations_are_computed_once(
     evaluator.train(schedule)
     evaluator.test(schedule)
     known = evaluator.trainer.features._base[Level(2)].known
-    assert known[evaluator.shards[0].validation].all()
-    assert known[evaluator.shards[0].test].all()
+    assert known[evaluator.material.shards[0].validation].all()
+    assert known[evaluator.material.shards[0].test].all()
     passes = []
-    embed = type(evaluator.backbone).embed
+    embed = type(evaluator.material.backbone).embed
     monkeypatch.setattr(
-        type(evaluator.backbone), "embed", lambda *args: passes.append(1) or embed(*args)
+        type(evaluator.material.backbone), "embed", lambda *args: passes.append(1) or embed(*args)
     )
     evaluator._folder = tmp_path / "again"
     evaluator.train(schedule)
@@ -116,13 +116,13 @@ def test_devices_that_read_the_same_text_do_not_read_each_other(
 ) -> None:
     """With blocks of their own below, in either order, and training on what others have computed."""
     evaluator = FederatedEvaluator(small, tmp_path)
-    trainer, backbone = evaluator.trainer, evaluator.backbone
+    trainer, backbone = evaluator.trainer, evaluator.material.backbone
     schedule = Schedule.parse(text, devices=3)
     state, _ = evaluator._trained(schedule)
     level = trainer._level(schedule.rounds[-1])
     scale = trainer._scale(schedule.rounds[-1].ranks[0])
-    batch = evaluator.shards[2].test[:4]
-    packed = Packed.of(evaluator.tokens, [batch])
+    batch = evaluator.material.shards[2].test[:4]
+    packed = Packed.of(evaluator.material.stage.tokens, [batch])
     for device in (0, 2, 1, 2, 0):
         own = state.devices[device]
         start = trainer.features.start(level, [device], [batch], [own], [scale], 1.0)

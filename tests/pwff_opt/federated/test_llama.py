@@ -22,12 +22,16 @@ from pwff_opt.scenario import Scenario
 def test_packing_and_cache_change_nothing(llama: Scenario, tmp_path: Path) -> None:
     """Against the same model by transformers, padded, with its weights merged by hand."""
     evaluator = FederatedEvaluator(llama, tmp_path / "a", workers=1)
-    trainer, backbone, tokens = evaluator.trainer, evaluator.backbone, evaluator.tokens
+    trainer, backbone, tokens = (
+        evaluator.trainer,
+        evaluator.material.backbone,
+        evaluator.material.stage.tokens,
+    )
     (decision,) = Schedule.parse("1x2:fpa", devices=3).rounds
     state, _ = trainer.round(trainer.initial(), 0, decision, (False, True, True))
     evaluator.save_device(Schedule.parse("1x2:fpa", devices=3), 0, tmp_path / "device")
     plain = load_device_model(tmp_path / "device")
-    shard = evaluator.shards[0].train
+    shard = evaluator.material.shards[0].train
     short = shard[tokens.lengths[shard].argmin()]
     long = shard[tokens.lengths[shard].argmax()]
     batch = np.array([short, long])
@@ -59,20 +63,23 @@ def test_a_saved_decoder_scores_what_was_reported(
     evaluator = FederatedEvaluator(llama, tmp_path / "a")
     schedule = Schedule.parse(text, devices=3)
     reported = evaluator.test(schedule)
-    tokens, tokenizer = evaluator.tokens, AutoTokenizer.from_pretrained(llama.model.source)
-    for device, shard in enumerate(evaluator.shards):
+    tokens, tokenizer = (
+        evaluator.material.stage.tokens,
+        AutoTokenizer.from_pretrained(llama.model.source),
+    )
+    for device, shard in enumerate(evaluator.material.shards):
         folder = tmp_path / f"device{device}"
         evaluator.save_device(schedule, device, folder)
         model = AutoModelForSequenceClassification.from_pretrained(
             llama.model.source, num_labels=3, ignore_mismatched_sizes=True
         )
-        model.config.pad_token_id = evaluator.tokens.pad_id
+        model.config.pad_token_id = evaluator.material.stage.tokens.pad_id
         model = PeftModel.from_pretrained(model, folder / "lora").merge_and_unload()
         model = PeftModel.from_pretrained(model, folder / "bottleneck").eval()
         ids = [tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]].tolist() for i in shard.test]
         batch = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
         with torch.inference_mode():
             right = model(**batch).logits.argmax(-1) == torch.from_numpy(
-                evaluator.labels[shard.test]
+                evaluator.material.labels[shard.test]
             )
         assert right.double().mean().item() == pytest.approx(reported[device])

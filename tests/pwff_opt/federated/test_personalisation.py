@@ -48,9 +48,9 @@ def accuracy(folder: Path, schedule: str, head: Any) -> float:
         ),
     )
     evaluator = FederatedEvaluator(scenario, folder / head)
-    for device, shard in enumerate(evaluator.shards):
+    for device, shard in enumerate(evaluator.material.shards):
         own = np.concatenate([shard.train, shard.validation, shard.test])
-        evaluator.labels[own] = PERMUTATIONS[device][evaluator.labels[own]]
+        evaluator.material.labels[own] = PERMUTATIONS[device][evaluator.material.labels[own]]
     return float(np.mean(evaluator.test(Schedule.parse(schedule, devices=3))))
 
 

@@ -136,13 +136,13 @@ def plain_steps(
     )
     anchors = {name: p.detach().clone() for name, p in named.items() if exchange.sends(name)}
     for batch in trainer.batches(number, device):
-        tokens = evaluator.tokens
+        tokens = evaluator.material.stage.tokens
         texts = [tokens.ids[tokens.offsets[i] : tokens.offsets[i + 1]] for i in batch]
         ids = torch.zeros(len(batch), max(map(len, texts)), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, text in enumerate(texts):
             ids[row, : len(text)], mask[row, : len(text)] = torch.from_numpy(text), 1
-        labels = torch.from_numpy(evaluator.labels[batch])
+        labels = torch.from_numpy(evaluator.material.labels[batch])
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         for name, anchor in anchors.items():
             if named[name].requires_grad and scenario.aggregation.proximal:
