@@ -209,8 +209,8 @@ def _search(run: RunFolder, scenario: Scenario, trainings: int, confirm: int) ->
         console.print(note)
     if evaluator.epsilon is not None:
         console.print(
-            f"shared blocks are ({evaluator.epsilon:.2f}, {scenario.aggregation.privacy_delta:g})-private for "
-            "each device over all rounds; validation and test accuracies are not"
+            f"shared blocks are ({evaluator.epsilon:.2f}, {scenario.aggregation.privacy_delta:g})-private "
+            "for each device over all rounds; validation and test accuracies are not"
         )
     known = len(journal)
     if known:

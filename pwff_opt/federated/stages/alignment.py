@@ -74,7 +74,7 @@ class _Aligned:
         backbone: Backbone,
         tokenizer: Any,
         dialogues: Dialogues,
-        rewards: tuple[RewardModel, RewardModel],
+        rewards: Sequence[RewardModel],
         settings: Alignment,
         helpfulness: Sequence[float],
         *,
