@@ -244,6 +244,7 @@ def _dealt(corpus: Corpus, scenario: Scenario) -> tuple[list[Shard], Indices]:
 def _model(scenario: Scenario) -> tuple[str, Any, int]:
     """Return where the model is, its tokenizer, and the token that fills up short sequences."""
     source = model_source(scenario.model.source, folder=scenario.folder)
+    model_config(source)  # says clearly what is wrong, where there is no model
     return source, AutoTokenizer.from_pretrained(source), pad_token_id(source)
 
 

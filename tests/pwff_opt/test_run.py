@@ -188,7 +188,9 @@ def test_mistakes_get_one_clear_error(
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     assert "is not a run folder" in refused("front", scenario_file, "--out", tmp_path / "mine")
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
-    assert "built-in scenarios (hutto)" in refused("scenario", "check", tmp_path / "none.toml")
+    assert "built-in scenarios (alignment, hutto)" in refused(
+        "scenario", "check", tmp_path / "none.toml"
+    )
     other.write_text("[cell]\nbandwidth_hz = -1\n")
     assert "cell.bandwidth_hz must be greater than 0, got -1" in refused("scenario", "check", other)
     assert "device must be in 0..2, got 7" in refused(

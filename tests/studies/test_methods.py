@@ -247,6 +247,7 @@ def test_no_test_text_of_the_class_is_a_missing_number(text, tmp_path, monkeypat
     group = study.Group(base, "hutto", 1, tmp_path, 2)
     scenario, plan = group.configured("shared")
     evaluator = FederatedEvaluator(scenario, tmp_path)
-    evaluator.material.class_names = (*evaluator.material.class_names, "never seen")
+    names = (*evaluator.material.class_names, "never seen")
+    evaluator.material = study.replace(evaluator.material, class_names=names)
     group.setting = study.replace(group.setting, own_class="never seen")
     assert all(map(math.isnan, group._own_class(evaluator, plan).values()))

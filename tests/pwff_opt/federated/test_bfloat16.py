@@ -33,7 +33,7 @@ def test_what_is_added_to_a_frozen_weight_is_not_rounded_away(
 ) -> None:
     """A thousandth of the weight is under bfloat16's last digit."""
     half = replace(small, training=replace(small.training, base_dtype="bfloat16"))
-    layer = FederatedEvaluator(half, tmp_path).backbone.layers[1]
+    layer = FederatedEvaluator(half, tmp_path).material.backbone.layers[1]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 32, generator=generator)
     plain = layer.change({})(x)
