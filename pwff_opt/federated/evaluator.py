@@ -114,9 +114,12 @@ class FederatedEvaluator:
         )
 
     def test(self, schedule: Schedule) -> tuple[float, ...]:
+        return tuple(own["accuracy"] for own in self.measures(schedule))
+
+    def measures(self, schedule: Schedule) -> list[dict[str, float]]:
+        """Return all that the stage measures of every device's model on its test data, [device]."""
         state, _ = self._trained(schedule)
-        measured = self.trainer.measures(state, schedule.rounds[-1], "test")
-        return tuple(own["accuracy"] for own in measured)
+        return self.trainer.measures(state, schedule.rounds[-1], "test")
 
     def save_device(self, schedule: Schedule, device: int, folder: str | Path) -> None:
         """Write one device's model after a schedule; see :mod:`pwff_opt.federated.export`."""

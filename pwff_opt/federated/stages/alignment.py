@@ -104,8 +104,9 @@ class _Aligned:
         """Return how the answers to the examples' prompts please the user, the likeliest ones.
 
         "accuracy" is the probability that the user prefers them to those of the reference, as the reward
-        models have it, each axis by the user's weight: 0.5 where nothing was learned. "reward_AXIS": mean
-        reward; "win_AXIS": share of prompts where it is above the reference's, a tie counting half.
+        models have it, each axis ("preferred_AXIS") by the user's weight: 0.5 where nothing was learned.
+        "reward_AXIS": mean reward; "win_AXIS": share of prompts where it is above the reference's, a tie
+        counting half.
         """
         prompts = np.unique(self._dialogues.prompt_of[self.sequences(examples)])
         ours = self._judged(prompts, passes)
@@ -120,7 +121,9 @@ class _Aligned:
         ):
             found[f"reward_{axis}"] = float(mine.mean())
             found[f"win_{axis}"] = float(((mine > reference) + 0.5 * (mine == reference)).mean())
-            found["accuracy"] += float(wish * expit(mine - reference).mean())
+            preferred = float(expit(mine - reference).mean())
+            found[f"preferred_{axis}"] = preferred
+            found["accuracy"] += float(wish) * preferred
         return found
 
     def answered(

@@ -317,7 +317,7 @@ def test_rounds_train_and_leave_the_reference_alone(
     assert len(last.accuracy) == 3
     assert all(0 < value < 1 for value in last.accuracy)
     told = {"conflict", "stationarity", "weight"}
-    told |= {f"{what}_{axis}" for what in ("reward", "win") for axis in AXES}
+    told |= {f"{what}_{axis}" for what in ("reward", "win", "preferred") for axis in AXES}
     assert set(last.notes) == told
     wishes = [device.helpfulness for device in scenario.devices]
     if reconcile == "weighted":
