@@ -130,11 +130,15 @@ class Cohort:
             groups, weight_decay=training.weight_decay, fused=len(self._flat) > 0
         )
 
-    def train(self, batches: Sequence[Sequence[Indices]], *, round: int) -> list[Learned]:
+    def train(
+        self, batches: Sequence[Sequence[Indices]], *, seed: int, round: int
+    ) -> list[Learned]:
         """Take the steps of a round, ``batches`` [device][step]; return what each device has learned."""
         losses, notes = [], []
         for number, step in enumerate(zip(*batches, strict=True)):
-            lesson, ready = self._stage.lesson(step, self._passes, round=round, step=number)
+            lesson, ready = self._stage.lesson(
+                step, self._passes, seed=seed, round=round, step=number
+            )
             for _ in range(lesson.updates):
                 loss, note = self._gradients(lesson, ready)
                 losses.append(loss)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from pwff_opt.federated.checkpoint import (
 )
 from pwff_opt.federated.exchange import State
 from pwff_opt.federated.export import save_device_model
-from pwff_opt.federated.features import Features
 from pwff_opt.federated.material import Material, Summary
+from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.privacy import spent_epsilon
 from pwff_opt.federated.trainer import Trainer
 from pwff_opt.scenario import Scenario
@@ -43,6 +42,8 @@ class FederatedEvaluator:
     workers : int
         Devices trained side by side; as many as there are cores if not given. It changes speed and
         memory, never results.
+    like : FederatedEvaluator
+        Its model, data and cached activations are used where the scenarios agree on them.
     """
 
     def __init__(
@@ -52,13 +53,22 @@ class FederatedEvaluator:
         *,
         tick: Callable[[int], None] = lambda _: None,
         workers: int | None = None,
+        like: FederatedEvaluator | None = None,
     ) -> None:
         self.scenario = scenario
         self._folder = Path(checkpoints)
         self._tick, self._worker_count = tick, workers
-        self.device_rounds = 0
-        self.material = Material.of(scenario)
-        self.trainer = self._trainer(scenario)
+        self.device_rounds: int = 0 if like is None else like.device_rounds
+        self.material: Material = Material.of(scenario, None if like is None else like.material)
+        shares = like is not None and like.material.stage.tokens is self.material.stage.tokens
+        self.trainer: Trainer = Trainer(
+            scenario,
+            self.material.backbone,
+            self.material.stage,
+            self.material.shards,
+            workers=workers,
+            features=like.trainer.features if like is not None and shares else None,
+        )
 
     @property
     def workload(self) -> Workload:
@@ -79,20 +89,13 @@ class FederatedEvaluator:
 
     def with_seed(self, seed: int) -> FederatedEvaluator:
         """Return an evaluator of the same model and data, which it shares, with another training seed."""
-        other = copy(self)
-        other.scenario = replace(self.scenario, seeds=replace(self.scenario.seeds, training=seed))
-        other.trainer = other._trainer(other.scenario, self.trainer.features)
-        return other
-
-    def _trainer(self, scenario: Scenario, features: Features | None = None) -> Trainer:
-        held = self.material
-        return Trainer(
-            scenario,
-            held.backbone,
-            held.stage,
-            held.shards,
+        seeds = replace(self.scenario.seeds, training=seed)
+        return FederatedEvaluator(
+            replace(self.scenario, seeds=seeds),
+            self._folder,
+            tick=self._tick,
             workers=self._worker_count,
-            features=features,
+            like=self,
         )
 
     def train(self, schedule: Schedule) -> Evaluation:
@@ -115,6 +118,11 @@ class FederatedEvaluator:
 
     def test(self, schedule: Schedule) -> tuple[float, ...]:
         return tuple(own["accuracy"] for own in self.measures(schedule))
+
+    def model(self, schedule: Schedule, device: int) -> Passes:
+        """Return passes through one device's model after a schedule."""
+        state, _ = self._trained(schedule)
+        return self.trainer.model(state, schedule.rounds[-1], device)
 
     def measures(self, schedule: Schedule) -> list[dict[str, float]]:
         """Return all that the stage measures of every device's model on its test data, [device]."""

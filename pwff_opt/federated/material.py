@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from pwff_opt.federated.encoding import Encoded, encode_answers, encode_prompts,
 from pwff_opt.federated.partition import Shard, partition, partition_preferences
 from pwff_opt.federated.rewards import Pairs, Reader, RewardModel
 from pwff_opt.federated.stages import Classification, Language, Stage
-from pwff_opt.federated.stages.alignment import Dialogues, PreferencePairs, SampledAnswers
+from pwff_opt.federated.stages.alignment import Aligned, Dialogues
 from pwff_opt.federated.tokens import Indices, Tokens, tokenise
 from pwff_opt.models import data_folder, model_config, model_source
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Scenario
+from pwff_opt.scenario_io import resolved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,17 +64,27 @@ class Material:
     class_names: tuple[str, ...] | None = None
     rewards: tuple[RewardModel, ...] = ()
     """One an axis, of alignment."""
+    origin: str = ""
+    """What it was made from."""
 
     @classmethod
-    def of(cls, scenario: Scenario) -> Material:
-        """Load model and data of a scenario, and deal these out.
+    def of(cls, scenario: Scenario, like: Material | None = None) -> Material:
+        """Load model and data of a scenario, and deal these out; or take them from ``like``.
+
+        What ``like`` has been made from may be the same but for what devices do with it: then it is used
+        again, and only the losses of an alignment are made anew.
 
         Raises
         ------
         DataError, ModelError
             They are not there, cannot be read, or do not suffice.
         """
-        return _MAKERS[scenario.training.stage](scenario)
+        origin = _origin(scenario)
+        if like is None or like.origin != origin:
+            return replace(_MAKERS[scenario.training.stage](scenario), origin=origin)
+        if isinstance(like.stage, Aligned):
+            return replace(like, stage=like.stage.by(scenario))
+        return like
 
 
 def _classification(scenario: Scenario) -> Material:
@@ -184,17 +196,7 @@ def _alignment(scenario: Scenario) -> Material:
         classes=None,
         more_tokens=settings.answer_tokens * (settings.optimiser == "grpo"),
     )
-    kind = SampledAnswers if settings.optimiser == "grpo" else PreferencePairs
-    stage = kind(
-        backbone,
-        tokenizer,
-        dialogues,
-        rewards,
-        settings,
-        [device.helpfulness for device in scenario.devices],
-        stop=int(tokenizer.eos_token_id),
-        seed=scenario.seeds.training,
-    )
+    stage = Aligned.of(scenario, backbone, tokenizer, dialogues, rewards)
     told = [
         f"{axis} told right in {model.reliability.accuracy:.3f} of {model.reliability.pairs} held-out "
         f"pairs (calibration error {model.reliability.calibration_error:.3f})"
@@ -223,6 +225,25 @@ _MAKERS = {
     "instruction": _instruction,
     "alignment": _alignment,
 }
+
+
+def _origin(scenario: Scenario) -> str:
+    """Return what a material is made from, but for what it leaves to be changed."""
+    everything, alignment = resolved(scenario), scenario.alignment
+    made_from = {name: everything[name] for name in ("folder", "model", "data")} | {
+        "stage": scenario.training.stage,
+        "dtype": scenario.training.base_dtype,
+        "devices": len(scenario.devices),
+        "seed": scenario.seeds.data,
+    }
+    if scenario.training.stage == "alignment":
+        made_from["rewards"] = [
+            alignment.reward_share,
+            alignment.reward_model,
+            alignment.reward_steps,
+        ]
+        made_from["samples"] = [alignment.optimiser == "grpo", alignment.answer_tokens]
+    return json.dumps(made_from, sort_keys=True)
 
 
 # -- parts ----------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ class Reader:
             learns=lambda _: True,
         )
         drawn = _epochs(count, size, stream(seed, "rewards"))
-        (learned,) = cohort.train([[next(drawn) for _ in range(steps)]], round=0)
+        (learned,) = cohort.train([[next(drawn) for _ in range(steps)]], seed=seed, round=0)
         return learned.blocks
 
     def _stack(self, blocks: Tensors) -> Stack:

@@ -26,7 +26,7 @@ from pwff_opt.federated.cohort import Cohort, Learned
 from pwff_opt.federated.exchange import Exchange, State
 from pwff_opt.federated.features import Features, Level
 from pwff_opt.federated.partition import Shard
-from pwff_opt.federated.passes import CachedPasses
+from pwff_opt.federated.passes import CachedPasses, Passes
 from pwff_opt.federated.stages import Stage
 from pwff_opt.federated.tokens import Indices
 from pwff_opt.federated.workers import Workers
@@ -195,13 +195,17 @@ class Trainer:
         """Return how well every device's model does on its own part of the data."""
 
         def evaluate(device: int) -> dict[str, float]:
-            own, scale = state.devices[device], self._scale(decision.ranks[device])
-            stack = Stack([self._moved(own)], [scale], common_scale=self._common_scale)
+            examples = getattr(self.shards[device], split)
             with torch.inference_mode():
-                passes = self._passes(decision, [device], [own], [scale], stack)
-                return self.stage.measures(getattr(self.shards[device], split), passes)
+                return self.stage.measures(examples, self.model(state, decision, device))
 
         return self._workers.map(evaluate, range(len(self.shards)))
+
+    def model(self, state: State, decision: RoundDecision, device: int) -> Passes:
+        """Return passes through one device's model as it is after a round of this decision."""
+        own, scale = state.devices[device], self._scale(decision.ranks[device])
+        stack = Stack([self._moved(own)], [scale], common_scale=self._common_scale)
+        return self._passes(decision, [device], [own], [scale], stack)
 
     def _passes(
         self,
@@ -299,7 +303,9 @@ class Trainer:
             pulled=exchange.sends,
             proximal=self.scenario.aggregation.proximal,
         )
-        return cohort.train([self.batches(number, k) for k in devices], round=number)
+        return cohort.train(
+            [self.batches(number, k) for k in devices], seed=self._seed, round=number
+        )
 
     def _public(
         self, sent: Tensors, decision: RoundDecision, present: Sequence[bool], number: int

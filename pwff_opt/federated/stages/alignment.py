@@ -17,6 +17,7 @@ local multi-objective alignment) without formulas; these are ours.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ from pwff_opt.federated.stages.language import Scored
 from pwff_opt.federated.stages.stage import Lesson, Loss
 from pwff_opt.federated.tokens import Indices, Tokens
 from pwff_opt.rng import stream
-from pwff_opt.scenario import Alignment
+from pwff_opt.scenario import Alignment, Scenario
 
 FloatArray = NDArray[np.float64]
 
@@ -63,29 +64,62 @@ class Dialogues:
     rejected: Indices
 
 
-class _Aligned:
+class References:
+    """What is known of the reference and of the data's answers: none of it ever changes."""
+
+    def __init__(self, sequences: int) -> None:
+        self.log_probability = torch.full((sequences,), torch.nan)
+        """[sequence]: of answers, by the reference."""
+        self.rewards = [np.full(sequences, np.nan) for _ in AXES]
+        """[axis][sequence]"""
+        self.judged: dict[bytes, list[FloatArray]] = {}
+        """Rewards of the reference's likeliest answers, by prompts: [axis][prompt]."""
+
+
+class Aligned(ABC):
     """What pairs and sampled answers have in common: examples, users, and how answers are measured."""
 
     objectives: tuple[str, ...] = AXES
-    updates = 1
 
     def __init__(
         self,
+        scenario: Scenario,
         backbone: Backbone,
         tokenizer: Any,
         dialogues: Dialogues,
         rewards: Sequence[RewardModel],
-        settings: Alignment,
-        helpfulness: Sequence[float],
-        *,
-        stop: int,
-        seed: int,
+        references: References,
     ) -> None:
         self._backbone, self._tokenizer, self._rewards = backbone, tokenizer, rewards
-        self._dialogues, self._settings = dialogues, settings
-        self._wishes = np.stack([helpfulness, 1.0 - np.array(helpfulness)], 1)
-        self._stop, self._seed = stop, seed
-        self._references: dict[bytes, list[FloatArray]] = {}
+        self._dialogues, self._settings = dialogues, scenario.alignment
+        helpfulness = np.array([device.helpfulness for device in scenario.devices])
+        self._wishes = np.stack([helpfulness, 1.0 - helpfulness], 1)
+        self._stop = int(tokenizer.eos_token_id)
+        self._references = references
+
+    @classmethod
+    def of(
+        cls,
+        scenario: Scenario,
+        backbone: Backbone,
+        tokenizer: Any,
+        dialogues: Dialogues,
+        rewards: Sequence[RewardModel],
+    ) -> Aligned:
+        """Return the stage that ``alignment.optimiser`` asks for."""
+        references = References(len(dialogues.tokens))
+        return _kind(scenario)(scenario, backbone, tokenizer, dialogues, rewards, references)
+
+    def by(self, scenario: Scenario) -> Aligned:
+        """Return the stage with another scenario's settings and users, of the same data and models."""
+        held = self._backbone, self._tokenizer, self._dialogues, self._rewards, self._references
+        return _kind(scenario)(scenario, *held)
+
+    @abstractmethod
+    def lesson(
+        self, batches: Sequence[Indices], passes: Passes, *, seed: int, round: int, step: int
+    ) -> tuple[Lesson, Sequence[Indices]]:
+        """See :class:`pwff_opt.federated.stages.Stage`."""
 
     @property
     def tokens(self) -> Tokens:
@@ -111,14 +145,12 @@ class _Aligned:
         prompts = np.unique(self._dialogues.prompt_of[self.sequences(examples)])
         ours = self._judged(prompts, passes)
         key = prompts.tobytes()
-        if key not in self._references:
-            base = Passes(self._backbone, [0], NOTHING)
-            self._references[key] = self._judged(prompts, base)
+        known = self._references.judged
+        if key not in known:
+            known[key] = self._judged(prompts, Passes(self._backbone, [0], NOTHING))
         wishes = self._wishes[passes.devices[0]]
         found = {"accuracy": 0.0}
-        for axis, mine, reference, wish in zip(
-            AXES, ours, self._references[key], wishes, strict=True
-        ):
+        for axis, mine, reference, wish in zip(AXES, ours, known[key], wishes, strict=True):
             found[f"reward_{axis}"] = float(mine.mean())
             found[f"win_{axis}"] = float(((mine > reference) + 0.5 * (mine == reference)).mean())
             preferred = float(expit(mine - reference).mean())
@@ -153,7 +185,7 @@ class _Aligned:
         return [text.strip() for text in texts]
 
 
-class PreferencePairs(_Aligned):
+class PreferencePairs(Aligned):
     r"""Alignment by preference pairs.
 
     With :math:`h = \lambda_2 \big[\ln\frac{\pi(y_+|x)}{\pi_\text{ref}(y_+|x)} -
@@ -167,14 +199,10 @@ class PreferencePairs(_Aligned):
     Rafailov et al., NeurIPS 2023; Zhou et al., Findings of ACL 2024 (arXiv 2310.03708).
     """
 
-    def __init__(self, *args: Any, **others: Any) -> None:
-        super().__init__(*args, **others)
-        count = len(self.tokens)
-        self._reference = torch.full((count,), torch.nan)
-        self._margins = [np.full(count, np.nan) for _ in AXES]
+    updates = 1
 
     def lesson(
-        self, batches: Sequence[Indices], passes: Passes, *, round: int, step: int
+        self, batches: Sequence[Indices], passes: Passes, *, seed: int, round: int, step: int
     ) -> tuple[Lesson, Sequence[Indices]]:
         return self, batches
 
@@ -199,18 +227,19 @@ class PreferencePairs(_Aligned):
 
     def _referred(self, sequences: Indices, passes: Passes) -> torch.Tensor:
         """Return the log-probabilities of answers by the reference, [sequence]; each is computed once."""
-        missing = sequences[self._reference[sequences].isnan().numpy()]
+        known = self._references.log_probability
+        missing = sequences[known[sequences].isnan().numpy()]
         for group in passes.groups(missing) if len(missing) else ():
             packed, hidden = passes.base(self.tokens, group)
             scored = Scored(packed, self._dialogues.starts[group])
             with torch.inference_mode():
                 sums = scored.sums(scored.log_probabilities(self._backbone, hidden)).cpu()
-            self._reference[group] = sums.clone()
-        return self._reference[sequences]
+            known[group] = sums.clone()
+        return known[sequences]
 
     def _rewarded(self, axis: int, sequences: Indices, passes: Passes) -> FloatArray:
         """Return the rewards of answers on an axis, [sequence]; each is computed once."""
-        held, known = self._dialogues, self._margins[axis]
+        held, known = self._dialogues, self._references.rewards[axis]
         missing = sequences[np.isnan(known[sequences])]
         for group in passes.groups(missing) if len(missing) else ():
             prompts = [held.prompts[prompt] for prompt in held.prompt_of[group]]
@@ -219,7 +248,7 @@ class PreferencePairs(_Aligned):
         return known[sequences]
 
 
-class SampledAnswers(_Aligned):
+class SampledAnswers(Aligned):
     r"""Alignment by sampled answers: a policy gradient for each reward.
 
     For every prompt several answers are drawn; an answer's advantage on an axis is its reward less the
@@ -235,7 +264,7 @@ class SampledAnswers(_Aligned):
     """
 
     def lesson(
-        self, batches: Sequence[Indices], passes: Passes, *, round: int, step: int
+        self, batches: Sequence[Indices], passes: Passes, *, seed: int, round: int, step: int
     ) -> tuple[Lesson, Sequence[Indices]]:
         held, settings = self._dialogues, self._settings
         each = settings.answers
@@ -247,7 +276,7 @@ class SampledAnswers(_Aligned):
         ]
         draws = np.concatenate(
             [
-                stream(self._seed, "answers", round=round, device=device, item=step).random(
+                stream(seed, "answers", round=round, device=device, item=step).random(
                     (len(own), settings.answer_tokens)
                 )
                 for device, own in zip(passes.devices, prompts, strict=True)
@@ -343,3 +372,7 @@ def grouped(rewards: FloatArray, size: int) -> FloatArray:
     spread = groups.std(1, keepdims=True)
     shares: FloatArray = np.divide(away, spread, out=np.zeros_like(away), where=spread > 1e-6)
     return shares.ravel()
+
+
+def _kind(scenario: Scenario) -> type[Aligned]:
+    return SampledAnswers if scenario.alignment.optimiser == "grpo" else PreferencePairs

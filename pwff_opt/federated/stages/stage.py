@@ -56,9 +56,12 @@ class Stage(Protocol):
         """Return the weights of the objectives to each device's user, [device, objective], 1 in sum."""
 
     def lesson(
-        self, batches: Sequence[Indices], passes: Passes, *, round: int, step: int
+        self, batches: Sequence[Indices], passes: Passes, *, seed: int, round: int, step: int
     ) -> tuple[Lesson, Sequence[Indices]]:
-        """Return what a step learns from, a batch for each device: examples, or answers sampled now."""
+        """Return what a step learns from, a batch for each device: examples, or answers sampled now.
+
+        What is drawn is keyed by ``seed``, ``round`` and ``step``.
+        """
 
     def measures(self, examples: Indices, passes: Passes) -> dict[str, float]:
         """Return how well one device's model does on examples.
@@ -87,7 +90,7 @@ class Plain(ABC):
         return np.ones((len(devices), 1))
 
     def lesson(
-        self, batches: Sequence[Indices], passes: Passes, *, round: int, step: int
+        self, batches: Sequence[Indices], passes: Passes, *, seed: int, round: int, step: int
     ) -> tuple[Lesson, Sequence[Indices]]:
         return self, batches
 

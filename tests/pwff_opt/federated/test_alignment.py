@@ -222,8 +222,8 @@ def test_sampled_answers_are_learned_from_by_hand(
     ]
     backbone = evaluator.material.backbone
     drawn = Passes(backbone, [0, 1], Stack(before, [2.0, 2.0]))
-    lesson, ready = stage.lesson(batches, drawn, round=1, step=0)
-    again, _ = stage.lesson(batches, drawn, round=1, step=0)
+    lesson, ready = stage.lesson(batches, drawn, seed=1, round=1, step=0)
+    again, _ = stage.lesson(batches, drawn, seed=1, round=1, step=0)
     np.testing.assert_array_equal(lesson.tokens.ids, again.tokens.ids)  # keyed, not by chance
     assert [len(own) for own in ready] == [6, 6]
     first = list(lesson.losses(ready, drawn))
@@ -270,7 +270,9 @@ def test_a_step_makes_rewarded_answers_likelier(scenario: Scenario, made: Made) 
     backbone = evaluator.material.backbone
     own = {n: t.requires_grad_(True) for n, t in lora_blocks(evaluator, 1).items()}
     passes = Passes(backbone, [0], Stack([own], [2.0]))
-    lesson, ready = stage.lesson([evaluator.material.shards[0].train[:2]], passes, round=0, step=0)
+    lesson, ready = stage.lesson(
+        [evaluator.material.shards[0].train[:2]], passes, seed=1, round=0, step=0
+    )
 
     def likelihood() -> torch.Tensor:
         """Return the mean log-probability of answers, weighed by how good they are."""

@@ -1,0 +1,306 @@
+r"""Do devices with opposite users end at different points between helpful and safe, and why?
+
+Each variant aligns SmolLM2 on the devices of the built-in scenario ``alignment`` (or ``--scenario``), three
+of whose users care for helpful answers and three for safe ones, from scratch and with every seed:
+
+``pwff``          adapters of the upper layers averaged, LoRA personal, two rewards weighed by each user
+                  (MODPO), gradients reconciled with a pull to the user's weights
+``no-person``     every user takes both rewards for equal, and nothing pulls to what is shared
+``no-reconcile``  the gradients' weighted sum
+``mgda``          their shortest mixture, without the pull
+``no-partial``    the adapters of all trained layers averaged, where pwff keeps the lower half personal
+``single``        helpfulness alone (DPO)
+``dpo``           two rewards, but no margin of the other
+``sampled``       answers sampled by the device's own model (GRPO)
+``fedavg``        adapters and LoRA averaged: one model for all
+``local``         nothing is sent
+
+What is measured, on the test prompts of all devices together: ``reward_AXIS``, the mean reward of a device's
+likeliest answers; ``win_AXIS``, how often it beats the reference model's; ``preferred_AXIS``, the probability
+that someone who cares for this axis alone prefers it; ``liking``, the same for the device's own user, and
+``liking_of_others``, for a user of the opposite weights; ``perplexity`` on pages of the web that nothing was
+trained on (what was forgotten).  Means of the rounds: ``conflict``, ``stationarity`` (see
+``pwff_opt.federated.reconcile``), ``loss_spread``, the standard deviation of the loss between devices.
+Costs are those of the least-energy plan within a deadline common to all variants, 1.5 times the longest of
+their shortest delays.
+
+Run ``python studies/run_alignment.py --out runs/alignment``; it writes ``alignment.csv``, a row a variant,
+seed and device, as trainings end (killed and run again, it goes on where it was), and ``summary.csv``.
+``studies/fig_alignment.py`` draws it.  StereoSet's pairs are of one sentence, its "helpfulness" is relevance,
+and the reward models are small: numbers say how the method behaves, not how good an assistant is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoTokenizer
+
+from pwff_opt import Planner, Scenario, Schedule, read_scenario
+from pwff_opt.errors import PwffError
+from pwff_opt.evaluation import learning_key
+from pwff_opt.federated.backbone import NOTHING
+from pwff_opt.federated.conversations import AXES, general_texts
+from pwff_opt.federated.encoding import encode_texts
+from pwff_opt.federated.evaluator import FederatedEvaluator
+from pwff_opt.federated.packages import fetch
+from pwff_opt.federated.passes import Passes
+from pwff_opt.federated.stages import Language
+from pwff_opt.records import write_atomically
+
+DEPTH, RANK = 6, 8
+"""Layers that are trained, the upper ones, and rank of their LoRA."""
+DEADLINE = 1.5
+GENERAL = (60, 64)
+"""Texts that measure forgetting, and tokens of each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """What differs from the scenario."""
+
+    alignment: Mapping[str, Any] = field(default_factory=dict)
+    aggregation: Mapping[str, Any] = field(default_factory=dict)
+    helpfulness: float | None = None
+    """Of all users; None: as the scenario has it."""
+    letters: str = "pa"
+    """States of the lower and the upper half of the trained layers."""
+
+    def applied(self, scenario: Scenario) -> Scenario:
+        devices = scenario.devices
+        if self.helpfulness is not None:
+            devices = tuple(replace(own, helpfulness=self.helpfulness) for own in devices)
+        return replace(
+            scenario,
+            devices=devices,
+            alignment=replace(scenario.alignment, **self.alignment),
+            aggregation=replace(scenario.aggregation, **self.aggregation),
+        )
+
+    def schedule(self, scenario: Scenario, layers: int) -> Schedule:
+        lower = DEPTH // 2
+        states = "f" * (layers - DEPTH) + self.letters[0] * lower
+        states += self.letters[1] * (DEPTH - lower)
+        return Schedule.parse(
+            f"{scenario.training.rounds}x{RANK}:{states}", devices=len(scenario.devices)
+        )
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "pwff": Variant(),
+    "no-person": Variant(helpfulness=0.5, aggregation={"proximal": 0.0}),
+    "no-reconcile": Variant(alignment={"reconcile": "weighted"}),
+    "mgda": Variant(alignment={"reconcile": "mgda"}),
+    "no-partial": Variant(letters="aa"),
+    "single": Variant(alignment={"optimiser": "dpo", "reconcile": "weighted"}, helpfulness=1.0),
+    "dpo": Variant(alignment={"optimiser": "dpo"}),
+    "sampled": Variant(alignment={"optimiser": "grpo"}),
+    "fedavg": Variant(letters="aa", aggregation={"lora": "fedit"}),
+    "local": Variant(letters="pp"),
+}
+
+
+class Study:
+    """The rows of one run; everything is told from ``base``, the scenario as given."""
+
+    def __init__(self, base: Scenario, folder: Path, workers: int | None) -> None:
+        self.base, self.folder, self._workers = base, folder, workers
+        self._path = folder / "alignment.csv"
+        self.rows: list[dict[str, Any]] = (
+            pd.read_csv(self._path).to_dict("records") if self._path.is_file() else []
+        )
+        self._latest: FederatedEvaluator | None = None
+
+    def scenario(self, name: str, seed: int) -> Scenario:
+        seeds = replace(self.base.seeds, training=seed)
+        return replace(VARIANTS[name].applied(self.base), seeds=seeds)
+
+    def done(self, name: str, seed: int) -> bool:
+        return any(row["variant"] == name and row["seed"] == seed for row in self.rows)
+
+    def train(self, name: str, seed: int) -> None:
+        """Train a variant and append its rows."""
+        scenario = self.scenario(name, seed)
+        start = time.perf_counter()
+        evaluator = FederatedEvaluator(scenario, self.folder / "checkpoints", workers=self._workers)
+        if not self.rows:
+            for note in (evaluator.summary.sentence, *evaluator.summary.notes):
+                print(note, flush=True)
+        backbone = evaluator.material.backbone
+        schedule = VARIANTS[name].schedule(scenario, backbone.layer_count)
+        done = evaluator.train(schedule)
+        if done.status == "failed":
+            raise PwffError(f"{name}, seed {seed}: {done.reason}")
+        rounds = [dict(entry.notes) | {"loss": entry.loss} for entry in done.rounds]
+        stage = evaluator.material.stage
+        pooled = np.concatenate([shard.test for shard in evaluator.material.shards])
+        general = self._language(evaluator)
+        everything = np.arange(len(general.tokens))
+        wall_s = time.perf_counter() - start
+        rows = []
+        for device, given in enumerate(self.base.devices):
+            with torch.inference_mode():
+                model = evaluator.model(schedule, device)
+                measured = stage.measures(pooled, model)
+                perplexity = general.measures(everything, model)["perplexity"]
+            likings = np.array([measured[f"preferred_{axis}"] for axis in AXES])
+            own = np.array([given.helpfulness, 1 - given.helpfulness])
+            rows.append(
+                {
+                    "variant": name,
+                    "seed": seed,
+                    "device": device,
+                    "helpfulness": given.helpfulness,
+                    "liking": float(own @ likings),
+                    "liking_of_others": float(own[::-1] @ likings),
+                    **{key: value for key, value in measured.items() if key != "accuracy"},
+                    "perplexity": perplexity,
+                    "perplexity_reference": self._reference_perplexity(evaluator, general),
+                    **{
+                        note: float(np.mean([entry[note][device] for entry in rounds]))
+                        for note in ("conflict", "stationarity", "weight")
+                    },
+                    "loss_spread": float(np.mean([np.std(entry["loss"]) for entry in rounds])),
+                    "uplink_bit": done.rounds[-1].uplink_bit[device],
+                    "wall_s": wall_s,
+                    "key": learning_key(scenario, schedule),
+                }
+            )
+        self.rows += rows
+        self.write()
+
+    def cost(self, names: list[str], seed: int) -> None:
+        """Fill in what variants cost, all within the same time."""
+        plans = {}
+        for name in names:
+            scenario = self.scenario(name, seed)
+            evaluator = self._evaluator(scenario)
+            planner = Planner(scenario, evaluator.workload)
+            layers = evaluator.material.backbone.layer_count
+            plans[name] = planner, VARIANTS[name].schedule(scenario, layers)
+        shortest = {
+            name: float(planner.curve(schedule).delay_s[-1].min())
+            for name, (planner, schedule) in plans.items()
+        }
+        deadline = DEADLINE * max(shortest.values())
+        for name, (planner, schedule) in plans.items():
+            plan = planner.plan(schedule, delay_max_s=deadline)
+            for row in self.rows:
+                if row["variant"] == name:
+                    row |= {"energy_j": float(plan.energy_j.sum()), "deadline_s": deadline}
+                    row |= {"shortest_s": shortest[name]}
+        self.write()
+
+    def _evaluator(self, scenario: Scenario) -> FederatedEvaluator:
+        folder = self.folder / "checkpoints"
+        self._latest = FederatedEvaluator(
+            scenario, folder, workers=self._workers, like=self._latest
+        )
+        return self._latest
+
+    def write(self) -> None:
+        table = pd.DataFrame(self.rows)
+        write_atomically(self._path, lambda target: table.to_csv(target, index=False))
+
+    def _language(self, evaluator: FederatedEvaluator) -> Language:
+        """Return pages of the web as something to be measured on."""
+        count, length = GENERAL
+        tokenizer = AutoTokenizer.from_pretrained(evaluator.material.source)
+        encoded = encode_texts(
+            general_texts()[:count], tokenizer, max_tokens=length, pad_id=tokenizer.eos_token_id
+        )
+        return Language(evaluator.material.backbone, encoded.tokens, encoded.answer_start)
+
+    def _reference_perplexity(self, evaluator: FederatedEvaluator, general: Language) -> float:
+        known = [row["perplexity_reference"] for row in self.rows]
+        if known:
+            return float(known[0])
+        with torch.inference_mode():
+            base = Passes(evaluator.material.backbone, [0], NOTHING)
+            return general.measures(np.arange(len(general.tokens)), base)["perplexity"]
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a variant: means over devices and seeds, and standard errors over seeds."""
+    rows = rows.assign(
+        worst=rows.groupby(["variant", "seed"])["liking"].transform("min"),
+        # How far apart the two kinds of users end, on either axis.
+        kind=np.where(rows["helpfulness"] > 0.5, "helpful", "safe"),
+    )
+    by_seed = rows.groupby(["variant", "seed"], sort=False)
+    table = by_seed[
+        [
+            "liking",
+            "liking_of_others",
+            "worst",
+            "perplexity",
+            "conflict",
+            "stationarity",
+            "loss_spread",
+        ]
+    ].mean()
+    for axis in AXES:
+        table[f"reward_{axis}"] = by_seed[f"reward_{axis}"].mean()
+        apart = rows.pivot_table(f"reward_{axis}", ["variant", "seed"], "kind", sort=False)
+        if {"helpful", "safe"} <= set(apart.columns):
+            table[f"apart_{axis}"] = apart["helpful"] - apart["safe"]
+    mean = table.groupby("variant", sort=False).mean()
+    error = table.groupby("variant", sort=False).sem().add_suffix("_error")
+    return mean.join(error)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="personalised alignment, and what each part does")
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--scenario", default="alignment")
+    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    options.add_argument("--seeds", type=int, default=1)
+    options.add_argument("--workers", type=int)
+    given = options.parse_args()
+    base = read_scenario(given.scenario)
+    try:
+        for name in ("smollm2",) * (base.model.source == "smollm2") + ("alpaca-demo",):
+            fetch(name)
+        if base.data.source == "stereoset":
+            fetch("stereoset")
+        study = Study(base, given.out, given.workers)
+        pairs = [(name, 1 + n) for n in range(given.seeds) for name in given.variants]
+        left = [pair for pair in pairs if not study.done(*pair)]
+        begun = time.perf_counter()
+        for number, (name, seed) in enumerate(left):
+            told = f"{number + 1}/{len(left)}  {name}, seed {seed}"
+            if number:
+                each = (time.perf_counter() - begun) / number
+                told += (
+                    f"  {each / 60:.1f} min each, {each * (len(left) - number) / 60:.0f} min left"
+                )
+            print(told, flush=True)
+            study.train(name, seed)
+        study.cost(given.variants, 1)
+    except PwffError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
+    rows = pd.DataFrame(study.rows)
+    table = summary(rows)
+    path = given.out / "summary.csv"
+    write_atomically(path, lambda target: table.to_csv(target))
+    shown = ["liking", "liking_of_others", "worst", *(f"reward_{axis}" for axis in AXES)]
+    shown += [name for name in table if name.startswith("apart_") and "error" not in name]
+    shown += ["perplexity", "conflict"]
+    print(table[shown].round(3).to_string())
+    print(f"perplexity of the reference {rows['perplexity_reference'].iloc[0]:.2f}")
+    print(f"wrote {study._path} and {path}; next: python studies/fig_alignment.py {given.out}")
+
+
+if __name__ == "__main__":
+    main()
