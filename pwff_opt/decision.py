@@ -157,18 +157,29 @@ class Codec:
     A genome holds, phase after phase:
 
     - one gene a rank (one, or one a device), an index into ``space.ranks``;
-    - the depth: layers below the last ``depth`` ones are frozen. What a schedule costs goes with it
-      before all, so it is one ordered gene: a mutation is a small step in cost, and random genomes
-      are spread evenly over cheap and dear ones. Without "frozen" in the space it has one value;
-    - one gene a layer, an index into ``space.layer_states``, idle below the depth.
+    - the depth: groups of layers below the last ``depth`` ones are frozen. What a schedule costs goes
+      with it before all, so it is one ordered gene: a mutation is a small step in cost, and random
+      genomes are spread evenly over cheap and dear ones. Without "frozen" in the space it has one value;
+    - one gene a group of layers, an index into ``space.layer_states``, idle below the depth.
 
-    Phases are stretches of rounds as equal as can be, longer ones first.
+    Phases are stretches of rounds, groups stretches of layers, as equal as can be, longer ones first.
     """
 
     space: Decisions
     devices: int
     layers: int
     rounds: int
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Number of layers of every group, lowest first."""
+        groups = min(self.space.layer_groups, self.layers) or self.layers
+        return tuple(len(part) for part in np.array_split(np.arange(self.layers), groups))
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Layers below each group, and last the number of layers: where it may freeze."""
+        return tuple(np.cumsum([0, *self.group_sizes]).tolist())
 
     @property
     def _rank_genes(self) -> int:
@@ -190,14 +201,15 @@ class Codec:
     def cardinalities(self) -> NDArray[np.int64]:
         """Number of values of every gene."""
         phase = [len(self.space.ranks)] * self._rank_genes
-        phase += [self.layers + 1 if self._freezes else 1]
-        phase += [len(self.space.layer_states)] * self.layers
+        groups = len(self.group_sizes)
+        phase += [groups + 1 if self._freezes else 1]
+        phase += [len(self.space.layer_states)] * groups
         return np.array(phase * self.space.phases)
 
     @property
     def ordinal(self) -> NDArray[np.bool_]:
         """Whether a gene's values have an order (ranks, depth): a step is a smaller change."""
-        phase = [True] * (self._rank_genes + 1) + [False] * self.layers
+        phase = [True] * (self._rank_genes + 1) + [False] * len(self.group_sizes)
         return np.array(phase * self.space.phases)
 
     @property
@@ -216,11 +228,14 @@ class Codec:
                 f"genome[{gene}] must be in 0..{cardinalities[gene] - 1}, got {genome[gene]}"
             )
         alphabet, rounds, present = self._states, list[RoundDecision](), False
+        sizes = self.group_sizes
         phases = genome.reshape(self.space.phases, -1).tolist()
         for part, length in zip(phases, self._phase_lengths, strict=True):
-            depth = part[self._rank_genes] if self._freezes else self.layers
-            states = (LayerState.FROZEN,) * (self.layers - depth) + tuple(
-                alphabet[gene] for gene in part[-depth:] if depth
+            depth = part[self._rank_genes] if self._freezes else len(sizes)
+            by_group = [LayerState.FROZEN] * (len(sizes) - depth)
+            by_group += [alphabet[gene] for gene in part[-depth:] if depth]
+            states = tuple(
+                state for state, size in zip(by_group, sizes, strict=True) for _ in range(size)
             )
             present = present or any(state is not LayerState.FROZEN for state in states)
             # canonical: no layer with blocks, no rank
@@ -236,7 +251,8 @@ class Codec:
             return genomes
         phases = genomes.reshape(len(genomes), self.space.phases, -1)
         depth = phases[:, :, self._rank_genes]
-        idle = np.arange(self.layers) < self.layers - depth[:, :, None]
+        groups = len(self.group_sizes)
+        idle = np.arange(groups) < groups - depth[:, :, None]
         states = phases[:, :, self._rank_genes + 1 :]
         result = phases.copy()
         result[:, :, self._rank_genes + 1 :] = np.where(idle, 0, states)
@@ -252,17 +268,20 @@ class Codec:
             decision = schedule.rounds[start]
             try:
                 genome += [self._rank_index(rank) for rank in decision.ranks[: self._rank_genes]]
+                by_group = [decision.states[lowest] for lowest in self.boundaries[:-1]]
+                trained = [state is not LayerState.FROZEN for state in by_group]
                 if self._freezes:
-                    frozen = decision.trained.index(True) if any(decision.trained) else self.layers
-                    genome += [self.layers - frozen]
+                    frozen = trained.index(True) if any(trained) else len(trained)
+                    genome += [len(trained) - frozen]
                 else:
                     genome += [0]
-                genome += [self._states.index(state) for state in decision.states]
+                genome += [self._states.index(state) for state in by_group]
             except ValueError as error:
                 raise DecisionError(f"{decision} is outside the decision space: {error}") from None
         result = np.array(genome)
         if self.decode(result) != schedule.canonical():
             raise DecisionError(
-                f"{schedule} does not fit {self.space.phases} phase(s) of {self.rounds} rounds"
+                f"{schedule} does not fit {self.space.phases} phase(s) of {self.rounds} rounds and "
+                f"{len(self.group_sizes)} group(s) of {self.layers} layers"
             )
         return result

@@ -283,15 +283,20 @@ class Planner:
         personal, at the highest rank or the lowest. Random ones are even in how deep they train.
         """
         space, codec = self.scenario.decisions, self.codec
-        layers = codec.layers
+        layers, groups = codec.layers, len(codec.group_sizes)
+
+        def last(number: int) -> int:
+            """Return the layers of the last groups."""
+            return layers - codec.boundaries[groups - number]
+
         allowed = {LayerState[name.upper()] for name in space.layer_states}
         top, bottom = max(space.ranks), min(space.ranks)
         plain: list[tuple[int, LayerState, int]] = [
             (0, LayerState.FROZEN, bottom),
             (layers, LayerState.AGGREGATED, top),
-            (max(1, layers // 3), LayerState.AGGREGATED, top),
-            (max(1, layers // 3), LayerState.PERSONAL, top),
-            (max(1, layers // 2), LayerState.AGGREGATED, bottom),
+            (last(max(1, groups // 3)), LayerState.AGGREGATED, top),
+            (last(max(1, groups // 3)), LayerState.PERSONAL, top),
+            (last(max(1, groups // 2)), LayerState.AGGREGATED, bottom),
             (layers, LayerState.PERSONAL, top),
         ]
         genomes: dict[str, NDArray[np.int64]] = {}  # by schedule: none twice
@@ -331,8 +336,7 @@ class Planner:
 
     def _smaller_until_fit(self, schedule: Schedule) -> Schedule | None:
         ranks = sorted(self.scenario.decisions.ranks, reverse=True)
-        layers = self.codec.layers
-        for frozen in range(layers + 1):
+        for frozen in self.codec.boundaries:
             for limit in dict.fromkeys(ranks) if frozen == 0 else ranks[-1:]:
                 smaller = {  # a decision is mostly that of many rounds
                     decision: RoundDecision(

@@ -269,6 +269,8 @@ class Decisions:
         "personal",
         "aggregated",
     )
+    layer_groups: Natural = 0
+    """Groups of neighbouring layers, as equal as can be, with one state each; 0: each layer its own."""
     phases: Count = 1
     """Stretches of rounds, equally long, with a decision each; 1: one decision for the whole run."""
 

@@ -27,6 +27,7 @@ def codecs(draw: Any) -> Codec:
                 ]
             ),
             phases=draw(st.integers(1, rounds)),
+            layer_groups=draw(st.integers(0, 7)),
         ),
         devices=draw(st.integers(1, 4)),
         layers=draw(st.integers(1, 6)),
@@ -97,3 +98,19 @@ def test_bad_values_are_refused() -> None:
         codec.encode(Schedule.parse("2x3:aa", devices=1))
     with pytest.raises(DecisionError, match="phase"):
         codec.encode(Schedule.parse("1x4:aa 1x4:pp", devices=1))
+
+
+def test_layers_of_a_group_are_decided_together() -> None:
+    codec = Codec(space=Decisions(ranks=(0, 2), layer_groups=3), devices=1, layers=7, rounds=2)
+    assert codec.group_sizes == (3, 2, 2)
+    assert codec.boundaries == (0, 3, 5, 7)
+    assert codec.cardinalities.tolist() == [2, 4, 3, 3, 3]
+    assert str(codec.decode(np.array([1, 2, 0, 1, 2]))) == "2x2:fffppaa"
+    for text in ("2x2:fffppaa", "2x0:fffffff", "2x2:aaappff"):
+        schedule = Schedule.parse(text, devices=1)
+        assert codec.decode(codec.encode(schedule)) == schedule
+    with pytest.raises(DecisionError, match=r"does not fit .* 3 group\(s\) of 7 layers"):
+        codec.encode(Schedule.parse("2x2:fffffpa", devices=1))
+    # More groups than layers: each layer its own.
+    alone = Codec(space=Decisions(layer_groups=9), devices=1, layers=4, rounds=1)
+    assert alone.group_sizes == (1, 1, 1, 1)
