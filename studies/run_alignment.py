@@ -35,7 +35,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -179,9 +179,9 @@ class Study:
         self.rows += rows
         self.write()
 
-    def cost(self, names: list[str], seed: int) -> None:
+    def cost(self, names: Sequence[str]) -> None:
         """Fill in what variants cost, all within the same time."""
-        plans = {}
+        seed, plans = 1, {}
         for name in names:
             scenario = self.scenario(name, seed)
             evaluator = self._evaluator(scenario)
@@ -195,10 +195,10 @@ class Study:
         deadline = DEADLINE * max(shortest.values())
         for name, (planner, schedule) in plans.items():
             plan = planner.plan(schedule, delay_max_s=deadline)
+            told = {"energy_j": plan.energy_j, "deadline_s": deadline}
             for row in self.rows:
                 if row["variant"] == name:
-                    row |= {"energy_j": float(plan.energy_j.sum()), "deadline_s": deadline}
-                    row |= {"shortest_s": shortest[name]}
+                    row |= told | {"shortest_s": shortest[name]}
         self.write()
 
     def _evaluator(self, scenario: Scenario) -> FederatedEvaluator:
@@ -265,6 +265,32 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return mean.join(error)
 
 
+def run(
+    base: Scenario, out: Path, *, variants: Sequence[str], seeds: int, workers: int | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train what is missing in ``out``; return all rows and their summary, which are written there."""
+    for name in ("smollm2", "stereoset"):
+        if name in (base.model.source, base.data.source):
+            fetch(name)
+    fetch("alpaca-demo")  # which has the pages of the web
+    study = Study(base, out, workers)
+    pairs = [(name, 1 + n) for n in range(seeds) for name in variants]
+    left = [pair for pair in pairs if not study.done(*pair)]
+    begun = time.perf_counter()
+    for number, (name, seed) in enumerate(left):
+        told = f"{number + 1}/{len(left)}  {name}, seed {seed}"
+        if number:
+            each = (time.perf_counter() - begun) / number
+            told += f"  {each / 60:.1f} min each, {each * (len(left) - number) / 60:.0f} min left"
+        print(told, flush=True)
+        study.train(name, seed)
+    study.cost(variants)
+    rows = pd.DataFrame(study.rows)
+    table = summary(rows)
+    write_atomically(out / "summary.csv", lambda target: table.to_csv(target))
+    return rows, table
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description="personalised alignment, and what each part does")
     options.add_argument("--out", type=Path, required=True)
@@ -273,40 +299,27 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--workers", type=int)
     given = options.parse_args()
-    base = read_scenario(given.scenario)
     try:
-        for name in ("smollm2",) * (base.model.source == "smollm2") + ("alpaca-demo",):
-            fetch(name)
-        if base.data.source == "stereoset":
-            fetch("stereoset")
-        study = Study(base, given.out, given.workers)
-        pairs = [(name, 1 + n) for n in range(given.seeds) for name in given.variants]
-        left = [pair for pair in pairs if not study.done(*pair)]
-        begun = time.perf_counter()
-        for number, (name, seed) in enumerate(left):
-            told = f"{number + 1}/{len(left)}  {name}, seed {seed}"
-            if number:
-                each = (time.perf_counter() - begun) / number
-                told += (
-                    f"  {each / 60:.1f} min each, {each * (len(left) - number) / 60:.0f} min left"
-                )
-            print(told, flush=True)
-            study.train(name, seed)
-        study.cost(given.variants, 1)
+        base = read_scenario(given.scenario)
+        rows, table = run(
+            base, given.out, variants=given.variants, seeds=given.seeds, workers=given.workers
+        )
     except PwffError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")
-    rows = pd.DataFrame(study.rows)
-    table = summary(rows)
-    path = given.out / "summary.csv"
-    write_atomically(path, lambda target: table.to_csv(target))
     shown = ["liking", "liking_of_others", "worst", *(f"reward_{axis}" for axis in AXES)]
     shown += [name for name in table if name.startswith("apart_") and "error" not in name]
-    shown += ["perplexity", "conflict"]
+    shown += ["perplexity", "conflict", "energy_j"]
     print(table[shown].round(3).to_string())
-    print(f"perplexity of the reference {rows['perplexity_reference'].iloc[0]:.2f}")
-    print(f"wrote {study._path} and {path}; next: python studies/fig_alignment.py {given.out}")
+    first = rows.iloc[0]
+    reference = ", ".join(f"{axis} {first[f'reference_{axis}']:.3f}" for axis in AXES)
+    print(
+        f"the reference: rewards {reference}, perplexity {first['perplexity_reference']:.2f}, liking 0.5"
+    )
+    print(
+        f"wrote {given.out}/alignment.csv and summary.csv; next: python studies/fig_alignment.py {given.out}"
+    )
 
 
 if __name__ == "__main__":
