@@ -81,7 +81,7 @@ def encode_answers(
         The tokenizer has no token that ends a turn, or its template refuses the messages.
     """
     frame = _Frame.of(tokenizer, system_prompt)
-    end = _end_id(tokenizer)
+    end = end_id(tokenizer)
     learned = [
         [*ids, end] for ids in tokenizer(list(answers), add_special_tokens=False)["input_ids"]
     ]
@@ -115,7 +115,7 @@ class _Frame:
     def of(cls, tokenizer: Any, system_prompt: str) -> _Frame:
         if tokenizer.chat_template is None:
             start = tokenizer("")["input_ids"]  # what the tokenizer puts around a text
-            end = _end_id(tokenizer)
+            end = end_id(tokenizer)
             return cls(
                 tokenizer=tokenizer,
                 start=[token for token in start if token != end],
@@ -165,7 +165,7 @@ class _Frame:
         return rows, cut
 
 
-def _end_id(tokenizer: Any) -> int:
+def end_id(tokenizer: Any) -> int:
     """Return the token that ends a turn; encoders such as BERT end a text with another one."""
     for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token is not None:

@@ -78,10 +78,15 @@ class Features:
         # last bit, and what a run has asked for before must not.
         self._chunks: list[Indices] = []
         self._chunk_of = np.zeros(len(tokens), dtype=np.int64)
+        placed = np.zeros(len(tokens), dtype=bool)
         for device, held in enumerate(parts):
             for part in held:
-                self._owner[part] = device
-                for chunk in by_length(tokens, part):
+                # One that examples share has one place: with the first of them.
+                own = part[np.sort(np.unique(part, return_index=True)[1])]
+                own = own[~placed[own]]
+                placed[own] = True
+                self._owner[own] = device
+                for chunk in by_length(tokens, own):
                     self._chunk_of[chunk] = len(self._chunks)
                     self._chunks.append(chunk)
         self._left_byte = budget_byte

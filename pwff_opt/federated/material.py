@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from pwff_opt.costs import Architecture, Workload
+from pwff_opt.errors import DataError
 from pwff_opt.federated.backbone import Backbone, pad_token_id
 from pwff_opt.federated.conversations import (
     AXES,
@@ -152,6 +153,14 @@ def _language(
     corpus: Corpus,
     what: str,
 ) -> Material:
+    learned = encoded.tokens.lengths - encoded.answer_start
+    for device, shard in enumerate(shards):
+        for part in ("train", "validation", "test"):
+            if not (learned[getattr(shard, part)] > 0).any():
+                raise DataError(
+                    f"data must hold {what} of which there is something to learn, in tokens, in every part; "
+                    f"got none in {part} of device {device} (data.{part}_per_device)"
+                )
     backbone = _backbone(scenario, source, classes=None)
     return Material(
         source=source,
@@ -194,7 +203,7 @@ def _alignment(scenario: Scenario) -> Material:
         scenario,
         source,
         classes=None,
-        more_tokens=settings.answer_tokens * (settings.optimiser == "grpo"),
+        more_tokens=settings.answer_tokens,  # answers are measured whatever they are learned from
     )
     stage = Aligned.of(scenario, backbone, tokenizer, dialogues, rewards)
     told = [

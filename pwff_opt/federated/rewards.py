@@ -30,6 +30,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from pwff_opt.costs import Architecture
+from pwff_opt.errors import ModelError
 from pwff_opt.federated.backbone import Backbone, Stack, pad_token_id
 from pwff_opt.federated.blocks import Tensors, fresh_adapter, fresh_head, fresh_lora
 from pwff_opt.federated.cohort import Cohort
@@ -173,7 +174,7 @@ class Reader:
         )
         self._tokenizer = AutoTokenizer.from_pretrained(source)
         self._pad_id = pad_token_id(source)
-        self.identity = [source if not Path(source).is_dir() else Path(source).name, dtype]
+        self.identity = [_contents(source), dtype]
 
     def read(self, prompts: Sequence[str], answers: Sequence[str]) -> Tokens:
         encoded = self._tokenizer(
@@ -226,6 +227,18 @@ class Reader:
         return Stack([{n: t.to(self.backbone.device) for n, t in blocks.items()}], [SCALE])
 
 
+def _contents(source: str) -> str:
+    """Return a hub name as it is, a folder by what its files hold: it may hold another model tomorrow."""
+    folder, total = Path(source), hashlib.sha256()
+    if not folder.is_dir():
+        return source
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            with path.open("rb") as content:
+                total.update(hashlib.file_digest(content, "sha256").digest())
+    return total.hexdigest()
+
+
 def _epochs(count: int, size: int, rng: np.random.Generator) -> Iterator[Indices]:
     """Yield batches of ``size`` of ``count`` things, none twice before all have come."""
     while True:
@@ -258,6 +271,12 @@ class _Ranking(Plain):
 def _calibrated(reader: Reader, blocks: Tensors, calibrate: Pairs, check: Pairs) -> dict[str, Any]:
     """Return offset and temperature by the first pairs, reliability on the second."""
     chosen, rejected = _scored(reader, blocks, calibrate)
+    if not np.isfinite([chosen, rejected]).all():
+        raise ModelError(
+            "alignment.reward_model must give finite rewards once it has learned, got "
+            f"{np.concatenate([chosen, rejected]).tolist()[:4]} for the first held-out answers; "
+            "choose another, or base_dtype 'float32'"
+        )
     temperature = fitted_temperature(chosen - rejected)
     chosen_too, rejected_too = _scored(reader, blocks, check)
     found = reliability((chosen_too - rejected_too) / temperature)

@@ -30,6 +30,7 @@ from torch.nn import functional
 
 from pwff_opt.federated.backbone import NOTHING, Backbone
 from pwff_opt.federated.conversations import AXES
+from pwff_opt.federated.encoding import end_id
 from pwff_opt.federated.generation import generate
 from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.rewards import RewardModel
@@ -94,7 +95,7 @@ class Aligned(ABC):
         self._dialogues, self._settings = dialogues, scenario.alignment
         helpfulness = np.array([device.helpfulness for device in scenario.devices])
         self._wishes = np.stack([helpfulness, 1.0 - helpfulness], 1)
-        self._stop = int(tokenizer.eos_token_id)
+        self._stop = end_id(tokenizer)
         self._references = references
 
     @classmethod
@@ -268,8 +269,8 @@ class SampledAnswers(Aligned):
     ) -> tuple[Lesson, Sequence[Indices]]:
         held, settings = self._dialogues, self._settings
         each = settings.answers
-        # In turn a prompt of either axis; where pairs share it, that one.
-        axes = [np.arange(len(batch)) % 2 for batch in batches]
+        # In turn a prompt of either axis, in mini-batches of one too; where pairs share it, that one.
+        axes = [(round + step + np.arange(len(batch))) % 2 for batch in batches]
         prompts = [
             np.repeat(held.prompt_of[held.chosen[held.pairs[batch, axis]]], each)
             for batch, axis in zip(batches, axes, strict=True)
@@ -309,7 +310,6 @@ class SampledAnswers(Aligned):
             pad_id=held.tokens.pad_id,
         )
         sizes = np.cumsum([len(own) for own in prompts])[:-1]
-        # Samples of one prompt stay together when a mini-batch has to be cut.
         return (
             _Answers(self._backbone, tokens, starts, advantages, settings),
             np.split(np.arange(len(flat)), sizes),
@@ -330,23 +330,27 @@ class _Answers:
         self.tokens, self.updates = tokens, settings.updates
         self._backbone, self._starts, self._settings = backbone, starts, settings
         self._advantages = torch.from_numpy(advantages).float()
-        self._drawn: dict[bytes, torch.Tensor] = {}
-        self._reference: dict[bytes, torch.Tensor] = {}
+        # By token: a mini-batch may be cut anew between two steps, when memory runs out.
+        self._drawn = torch.full((len(tokens.ids),), torch.nan)
+        self._reference = self._drawn.clone()
 
     def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
         settings, answers = self._settings, np.concatenate(batches)
         packed, hidden = passes.own(self.tokens, batches)
         scored = Scored(packed, self._starts[answers])
         now = scored.log_probabilities(self._backbone, hidden)
-        key = answers.tobytes()
+        places = self.tokens.rows(answers)[scored.rows.cpu().numpy()]
         # The first step's own pass is that by which they were drawn.
-        drawn = self._drawn.setdefault(key, now.detach())
-        if key not in self._reference:
+        drawn = self._drawn[places].to(now)
+        drawn = torch.where(drawn.isnan(), now.detach(), drawn)
+        self._drawn[places] = drawn.cpu()
+        if self._reference[places].isnan().any():
             base_packed, base = passes.base(self.tokens, answers)
             with torch.inference_mode():
                 found = Scored(base_packed, self._starts[answers])
-                self._reference[key] = found.log_probabilities(self._backbone, base).clone()
-        away = self._reference[key] - now
+                reference = found.log_probabilities(self._backbone, base).cpu()
+            self._reference[places] = reference.clone()
+        away = self._reference[places].to(now) - now
         divergence = away.exp() - away - 1.0
         ratio = (now - drawn).exp()
         cut = ratio.clamp(1.0 - settings.clip, 1.0 + settings.clip)

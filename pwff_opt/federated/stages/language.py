@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,8 +19,9 @@ class Language(Plain):
     .. math:: \ell = -\frac{1}{S - a} \sum_{t = a}^{S - 1} \ln p(x_t \mid x_{<t})
 
     ``a``: tokens of the prompt, at least one; where whole texts are learned, as in pre-training, it is one.
-    Every sequence weighs the same.  Measured by the share of tokens that would have been named right, and
-    by the perplexity, both over all tokens of the answers.
+    Every sequence weighs the same; in one of a single token there is nothing to learn.  Measured by the
+    share of tokens that would have been named right, and by the perplexity, both over all tokens of the
+    answers.
 
     Parameters
     ----------
@@ -36,10 +36,8 @@ class Language(Plain):
     def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
         packed, hidden = passes.own(self.tokens, batches)
         scored = Scored(packed, self._starts[np.concatenate(batches)])
-        yield Loss(
-            objective=0,
-            each=-scored.sums(scored.log_probabilities(self._backbone, hidden)) / scored.counts,
-        )
+        sums = scored.sums(scored.log_probabilities(self._backbone, hidden))
+        yield Loss(objective=0, each=-sums / scored.counts.clamp_min(1))
 
     def measures(self, examples: Indices, passes: Passes) -> dict[str, float]:
         right, total, count = 0, 0.0, 0
@@ -50,7 +48,8 @@ class Language(Plain):
             right += int((logits.argmax(-1) == scored.targets).sum())
             total -= float(scored.picked(logits).double().sum())
             count += len(scored.rows)
-        return {"accuracy": right / count, "perplexity": math.exp(total / count)}
+        with np.errstate(over="ignore"):  # of a model that has gone far off: infinite
+            return {"accuracy": right / count, "perplexity": float(np.exp(total / count))}
 
 
 class Scored:

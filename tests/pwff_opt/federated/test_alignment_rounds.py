@@ -1,0 +1,401 @@
+"""Rounds of alignment against plain transformers and peft, and under hard circumstances."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from plain_language import answer_logs, assert_equals_plain, distances, row, save_decoder
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+
+from pwff_opt.costs import CostModel
+from pwff_opt.decision import Schedule
+from pwff_opt.errors import ModelError
+from pwff_opt.federated.backbone import Backbone, Stack
+from pwff_opt.federated.evaluator import FederatedEvaluator
+from pwff_opt.federated.features import Features, Level
+from pwff_opt.federated.passes import Passes
+from pwff_opt.federated.rewards import Pairs, Reader, RewardModel
+from pwff_opt.federated.stages import alignment as aligning
+from pwff_opt.federated.stages.alignment import Aligned
+from pwff_opt.federated.tokens import Tokens
+from pwff_opt.participation import participants
+from pwff_opt.scenario import Scenario
+
+PEOPLE = [
+    "nurse",
+    "teacher",
+    "driver",
+    "farmer",
+    "baker",
+    "pilot",
+    "lawyer",
+    "cook",
+    "judge",
+    "poet",
+]
+PLACES = ["town", "village", "harbour", "forest", "market", "school"]
+HELPFULNESS = (1.0, 0.4, 0.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal language model; pairs of either axis about prompts of their own, answers in several pairs."""
+    folder = tmp_path_factory.mktemp("rounds")
+    save_decoder(folder / "decoder")
+    rows = ["prompt,chosen,rejected,axis"]
+    for person in PEOPLE:
+        for place in PLACES:
+            asked = f"Where is the {person} of the {place}?"
+            told = f"Tell of the {place} and its {person}."
+            rows.append(f"{asked},At home.,Stones are heavy.,helpfulness")
+            rows.append(f"{asked},At home in the {place}.,Stones are heavy.,helpfulness")
+            rows.append(f"{told},The {person} was kind.,The {person} was cruel to us.,safety")
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def scenario(
+    small: Scenario,
+    folder: Path,
+    small_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Scenario:
+    # Reward models are trained once for all tests of this session.
+    monkeypatch.setenv("PWFF_DATA", str(tmp_path_factory.getbasetemp() / "rounds-data"))
+    return replace(
+        small,
+        folder=str(folder),
+        model=replace(small.model, source="decoder", pooling="model", max_tokens=40),
+        data=replace(
+            small.data,
+            source="file",
+            path="pairs.csv",
+            train_per_device=5,
+            validation_per_device=2,
+            test_per_device=2,
+        ),
+        devices=tuple(
+            replace(device, helpfulness=share)
+            for device, share in zip(small.devices, HELPFULNESS, strict=True)
+        ),
+        training=replace(
+            small.training, stage="alignment", local_steps=2, batch_size=2, validate_after=(3,)
+        ),
+        alignment=replace(
+            small.alignment,
+            optimiser="dpo",
+            reconcile="weighted",
+            kl=0.4,
+            answer_tokens=5,
+            answers=3,
+            reward_model=str(small_model),
+            reward_steps=3,
+        ),
+    )
+
+
+def variant(scenario: Scenario, **alignment: Any) -> Scenario:
+    return replace(scenario, alignment=replace(scenario.alignment, **alignment))
+
+
+def stage_of(evaluator: FederatedEvaluator) -> Aligned:
+    assert isinstance(evaluator.material.stage, Aligned)
+    return evaluator.material.stage
+
+
+def plain_loss(
+    scenario: Scenario, evaluator: FederatedEvaluator
+) -> Callable[[Any, int, Sequence[int]], torch.Tensor]:
+    """Return the loss of both axes' pairs, DPO's or MODPO's, as the device's user weighs them."""
+    held, settings = stage_of(evaluator)._dialogues, scenario.alignment
+
+    @cache
+    def reference(sequence: int, dtype: torch.dtype) -> torch.Tensor:
+        with torch.no_grad():
+            return answer_logs(base(dtype), row(held.tokens, sequence), int(held.starts[sequence]))
+
+    @cache
+    def base(dtype: torch.dtype) -> Any:
+        source = evaluator.material.source
+        return AutoModelForCausalLM.from_pretrained(source).to(dtype).eval()
+
+    def loss(model: Any, device: int, batch: Sequence[int]) -> torch.Tensor:
+        share, total = scenario.devices[device].helpfulness, torch.zeros(())
+        for axis, wish in enumerate((share, 1 - share)):
+            for example in batch:
+                pair = held.pairs[example, axis]
+                both = int(held.chosen[pair]), int(held.rejected[pair])
+                assert held.prompt_of[both[0]] == held.prompt_of[both[1]]
+                better, worse = (
+                    answer_logs(model, row(held.tokens, s), int(held.starts[s]))
+                    - reference(s, model.dtype)
+                    for s in both
+                )
+                odds = settings.kl * (better - worse)
+                if settings.optimiser == "modpo":
+                    rewards = evaluator.material.rewards[1 - axis].rewards(
+                        [held.prompts[held.prompt_of[both[0]]]] * 2, [held.answers[s] for s in both]
+                    )
+                    odds = (odds - (1 - wish) * (rewards[0] - rewards[1])) / wish
+                total = total - wish * functional.logsigmoid(odds) / len(batch)
+        return total
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("text", "optimiser", "table"),
+    [
+        ("3x2:fpa", "dpo", {}),
+        ("2x4:aaa", "modpo", {"proximal": 0.5}),
+        (
+            "3x2,4,4:faa",
+            "dpo",
+            {"lora": "flora"},
+        ),  # the reference does not see what it leaves behind
+        ("2x2:paf", "dpo", {"lora": "fedex"}),
+        ("2x0:ffa", "modpo", {}),
+    ],
+)
+def test_equals_plain_peft_one_device_after_another(
+    scenario: Scenario, tmp_path: Path, text: str, optimiser: Any, table: dict[str, Any]
+) -> None:
+    scope: Any = "per_device" if "," in text else "common"
+    users = HELPFULNESS if optimiser == "dpo" else (0.7, 0.4, 0.1)
+    scenario = replace(
+        scenario,
+        alignment=replace(scenario.alignment, optimiser=optimiser),
+        decisions=replace(scenario.decisions, rank_scope=scope),
+        aggregation=replace(scenario.aggregation, **table),
+        devices=tuple(
+            replace(device, helpfulness=share)
+            for device, share in zip(scenario.devices, users, strict=True)
+        ),
+    )
+    evaluator = FederatedEvaluator(scenario, tmp_path)
+    schedule = Schedule.parse(text, devices=3)
+    ours = assert_equals_plain(scenario, evaluator, schedule, plain_loss(scenario, evaluator))
+    deltas = {name for own in ours.devices for name in own if name.startswith("delta.")}
+    assert bool(deltas) == (table.get("lora") in ("flora", "fedex"))
+
+
+@pytest.mark.parametrize("optimiser", ["dpo", "grpo"])
+def test_where_all_is_frozen_nothing_is_learned(
+    scenario: Scenario, tmp_path: Path, optimiser: str
+) -> None:
+    done = FederatedEvaluator(variant(scenario, optimiser=optimiser), tmp_path).train(
+        Schedule.parse("3x2:fff", devices=3)
+    )
+    assert done.status == "done", done.reason
+    assert done.rounds[-1].accuracy == pytest.approx((0.5,) * 3)
+    assert done.rounds[-1].notes["conflict"] == done.rounds[-1].notes["stationarity"] == (0.0,) * 3
+    if optimiser == "dpo":
+        assert done.rounds[-1].loss == pytest.approx((math.log(2),) * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimiser", ["dpo", "grpo"])
+@pytest.mark.parametrize("reconcile", ["weighted", "mgda"])
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"clip_norm": 0.1, "noise_multiplier": 0.5, "proximal": 1e-3},
+        {"devices_per_round": 2, "lora": "fedit"},
+    ],
+    ids=["private", "sampled"],
+)
+def test_users_of_one_wish_and_few_of_them(
+    scenario: Scenario, tmp_path: Path, optimiser: str, reconcile: str, table: dict[str, Any]
+) -> None:
+    """Weights 0 and 1; clipped and noisy, or with a device that is not there."""
+    scenario = replace(
+        variant(scenario, optimiser=optimiser, reconcile=reconcile),
+        aggregation=replace(scenario.aggregation, **table),
+    )
+    evaluator = FederatedEvaluator(scenario, tmp_path)
+    schedule = Schedule.parse("3x2:fpa", devices=3)
+    done = evaluator.train(schedule)
+    assert done.status == "done", done.reason
+    planned = CostModel(scenario, evaluator.workload).demand(schedule).payload_bit
+    for number, entry in enumerate(done.rounds):
+        here = participants(scenario, number)
+        assert [not math.isnan(loss) for loss in entry.loss] == list(here)
+        assert [not math.isnan(cosine) for cosine in entry.notes["conflict"]] == list(here)
+        assert entry.uplink_bit == tuple(planned[number].tolist())
+        if reconcile == "weighted":
+            expected = [
+                share if k else math.nan for share, k in zip(HELPFULNESS, here, strict=True)
+            ]
+            np.testing.assert_allclose(entry.notes["weight"], expected, rtol=1e-6)
+    assert not done.rounds[-1].diverged
+
+
+def test_one_device_alone(scenario: Scenario, tmp_path: Path) -> None:
+    alone = replace(variant(scenario, optimiser="grpo"), devices=scenario.devices[1:2])
+    done = FederatedEvaluator(alone, tmp_path).train(Schedule.parse("3x2:fpa", devices=1))
+    assert done.status == "done", done.reason
+    assert len(done.rounds[-1].accuracy) == 1
+
+
+def test_answers_that_say_nothing(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that end at once are all alike: nothing to learn but to stay with the reference."""
+
+    def silent(_backbone: Any, _stack: Any, _prompts: Any, batches: Any, **how: Any) -> Any:
+        return [np.array([how["stop"]])] * sum(map(len, batches))
+
+    monkeypatch.setattr(aligning, "generate", silent)
+    evaluator = FederatedEvaluator(variant(scenario, optimiser="grpo", updates=1), tmp_path)
+    done = evaluator.train(Schedule.parse("3x2:fpa", devices=3))
+    assert done.status == "done", done.reason
+    assert done.rounds[0].loss == pytest.approx((0.0,) * 3, abs=1e-6)
+    assert done.rounds[-1].accuracy == (0.5,) * 3
+
+
+def test_prompts_longer_than_the_window(scenario: Scenario, tmp_path: Path) -> None:
+    tight = replace(scenario, model=replace(scenario.model, max_tokens=8))
+    for optimiser in ("dpo", "grpo"):
+        evaluator = FederatedEvaluator(variant(tight, optimiser=optimiser), tmp_path / optimiser)
+        held = stage_of(evaluator)._dialogues
+        assert held.tokens.lengths.max() == held.prompt_tokens.lengths.max() == 8
+        assert (held.tokens.lengths > held.starts).all()
+        done = evaluator.train(Schedule.parse("3x2:fpa", devices=3))
+        assert done.status == "done", done.reason
+        assert "cut the beginning of" in " ".join(evaluator.summary.notes)
+
+
+def test_memory_that_ends_at_a_second_step_on_the_same_answers(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Ratios are to the policy that drew the answers, also in mini-batches that are cut only then."""
+    scenario = variant(scenario, optimiser="grpo", updates=3, clip=0.01, kl=0.01)
+    (decision,) = Schedule.parse("1x2:aaa", devices=3).rounds
+    present, through = (True,) * 3, Backbone.run
+    trainers = [FederatedEvaluator(scenario, tmp_path / name, workers=1).trainer for name in "ab"]
+    expected, _ = trainers[0].round(trainers[0].initial(), 0, decision, present)
+    passes = []
+
+    def short_of_memory(self: Backbone, packed: Any, *rest: Any, **how: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            passes.append(packed)
+            if len(passes) == 2:
+                torch.empty(10**15)  # what torch itself says when memory runs out
+        return through(self, packed, *rest, **how)
+
+    monkeypatch.setattr(Backbone, "run", short_of_memory)
+    cut, _ = trainers[1].round(trainers[1].initial(), 0, decision, present)
+    assert "mini-batches are now cut into 2" in caplog.text
+    for own, other in zip(cut.devices, expected.devices, strict=True):
+        assert max(distances(own, other).values()) <= 1e-4  # it was 3e-1
+
+
+def test_mini_batches_of_one_ask_about_both_axes(scenario: Scenario, tmp_path: Path) -> None:
+    evaluator = FederatedEvaluator(variant(scenario, optimiser="grpo"), tmp_path)
+    stage, passes = (
+        stage_of(evaluator),
+        Passes(evaluator.material.backbone, [0], Stack([{}], [1.0])),
+    )
+    example = evaluator.material.shards[0].train[:1]
+    firsts = set()
+    for number in range(2):
+        lesson, _ = stage.lesson([example], passes, seed=1, round=number, step=0)
+        firsts.add(tuple(lesson.tokens.ids[: lesson._starts[0]]))  # type: ignore[attr-defined]
+    assert len(firsts) == 2
+
+
+def test_a_tokenizer_without_an_end_token(scenario: Scenario, folder: Path, tmp_path: Path) -> None:
+    """Answers end with the separator, in sampling as in what is learned; it was a TypeError."""
+    shutil.copytree(folder / "decoder", tmp_path / "decoder")
+    shutil.copy(folder / "pairs.csv", tmp_path)
+    path = tmp_path / "decoder" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["eos_token"]
+    path.write_text(json.dumps(settings))
+    stage = stage_of(FederatedEvaluator(replace(scenario, folder=str(tmp_path)), tmp_path / "x"))
+    assert stage._tokenizer.eos_token_id is None
+    held = stage._dialogues
+    assert (held.tokens.ids[held.tokens.offsets[1:] - 1] == stage._stop).all()
+
+
+def test_answers_beyond_an_attention_window_are_refused(
+    scenario: Scenario, folder: Path, tmp_path: Path
+) -> None:
+    """Pairs fit into the window, but the answers by which models are measured come after whole prompts."""
+    shutil.copytree(folder / "decoder", tmp_path / "decoder")
+    shutil.copy(folder / "pairs.csv", tmp_path)
+    path = tmp_path / "decoder" / "config.json"
+    config = json.loads(path.read_text())
+    config |= {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 42,
+    }
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"attention window \(42\), got 45"):
+        FederatedEvaluator(replace(scenario, folder=str(tmp_path)), tmp_path / "x")
+
+
+def test_another_model_in_the_same_place_is_another_reader(
+    small_model: Path, tmp_path: Path
+) -> None:
+    """Its folder may have the same name; the reward model of the older one is not taken."""
+    for name in "ab":
+        shutil.copytree(small_model, tmp_path / name / "encoder")
+    torch.manual_seed(6)
+    config = BertConfig.from_pretrained(small_model)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "b" / "encoder")
+    pairs = Pairs(prompts=("Who?", "Where?"), chosen=("I.", "Here."), rejected=("a", "b"))
+    first, copied, second = (
+        RewardModel.of(
+            Reader(str(source)), pairs, pairs, pairs, steps=1, seed=1, folder=tmp_path / "rewards"
+        )
+        for source in (tmp_path / "a" / "encoder", small_model, tmp_path / "b" / "encoder")
+    )
+    assert len(list((tmp_path / "rewards").iterdir())) == 2
+    assert first.offset == copied.offset != second.offset
+
+
+def test_a_reward_model_that_gives_no_numbers_is_refused(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader(str(small_model))
+    pairs = Pairs(prompts=("Who?",), chosen=("I.",), rejected=("a",))
+    learned = {
+        name: torch.full_like(tensor, torch.nan)
+        for name, tensor in reader.learned(pairs, steps=1, seed=1).items()
+    }
+    monkeypatch.setattr(reader, "learned", lambda *_, **__: learned)
+    with pytest.raises(ModelError, match=r"alignment\.reward_model must give finite rewards"):
+        RewardModel.of(reader, pairs, pairs, pairs, steps=1, seed=1, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sequence_is_computed_in_one_company_only(small_model: Path) -> None:
+    """Also one that several devices hold, or one device twice: last bits must not hang on who asks first."""
+    backbone = Backbone(str(small_model), family="bert", classes=2, pooling="mean", max_tokens=48)
+    rng = np.random.default_rng(2)
+    lengths = rng.integers(3, 48, 60)
+    ids = rng.integers(200, 30000, lengths.sum())
+    tokens = Tokens(ids=ids, offsets=np.cumsum([0, *lengths]), pad_id=0)
+    parts = [[rng.integers(0, 60, 40)] for _ in range(3)]
+    features = Features(backbone, tokens, parts, budget_byte=1e9)
+    held = np.unique(np.concatenate([part for (part,) in parts]))
+    companies = features.groups(held)
+    assert len(companies) > 3
+    np.testing.assert_array_equal(np.sort(np.concatenate(companies)), held)
+    for device, (part,) in enumerate(parts):
+        start = features.start(Level(2), [device], [part], [{}], [1.0], 1.0)
+        assert len(start.hidden) == tokens.lengths[part].sum()
