@@ -118,8 +118,9 @@ def pareto_front(
         Told before every training and every test is handed out.
     executor : concurrent.futures.Executor
         Where the evaluator trains and tests: a pool of threads for one that talks to other machines,
-        dask's ``client.get_executor()``, and so on; in this thread if not given. Several workers use
-        the evaluator at once, and one must find what another has trained.
+        dask's ``client.get_executor()``, and so on; in this thread if not given. Several workers then
+        use the evaluator at once: it must bear that (the journal of a run folder does not), and one
+        worker must find what another has trained.
     batch : int
         How many schedules are chosen at a time, to be trained side by side. The front depends on it,
         since a choice then knows less, but not on which training is done first.

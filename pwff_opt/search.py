@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pwff_opt.decision import LayerState, RoundDecision, Schedule
+from pwff_opt.decision import Codec, LayerState, RoundDecision, Schedule
 from pwff_opt.errors import DecisionError, InfeasibleError
 from pwff_opt.evaluation import Evaluation, TrainedRound
 from pwff_opt.planning import Curve, Planner
@@ -155,23 +155,33 @@ def kinds(planner: Planner) -> Iterator[Schedule]:
     layers, and in how many aggregated ones it trains: the layers of a language model are alike.
     """
     codec = planner.codec
-    allowed = {LayerState[name.upper()] for name in codec.space.layer_states}
-    genes = 1 if codec.space.rank_scope == "common" else codec.devices
-    for deep in range(codec.layers + 1):
-        for trained in range(min(1, deep), deep + 1):
-            for aggregated in range(trained + 1):
-                states = (
-                    (LayerState.FROZEN,) * (codec.layers - deep)
-                    + (LayerState.AGGREGATED,) * aggregated
-                    + (LayerState.PERSONAL,) * (trained - aggregated)
-                    + (LayerState.FROZEN,) * (deep - trained)
+    genes = _rank_genes(codec)
+    for states, ranks in product(_patterns(codec), product(codec.space.ranks, repeat=genes)):
+        decision = RoundDecision(ranks=ranks * (codec.devices // genes), states=states)
+        yield planner.repaired(Schedule(rounds=(decision,) * codec.rounds))
+
+
+def _rank_genes(codec: Codec) -> int:
+    return 1 if codec.space.rank_scope == "common" else codec.devices
+
+
+def _patterns(codec: Codec) -> list[tuple[LayerState, ...]]:
+    """Return states of layers, one pattern of every depth, number trained and number aggregated."""
+    found: dict[tuple[int, int, int], tuple[LayerState, ...]] = {(0, 0, 0): ()}
+    for size in reversed(codec.group_sizes):  # from the last layer down
+        longer = {}
+        for (deep, trained, aggregated), above in found.items():
+            for name in codec.space.layer_states:
+                state = LayerState[name.upper()]
+                learns = state is not LayerState.FROZEN
+                kind = (
+                    len(above) + size if learns else deep,
+                    trained + size * learns,
+                    aggregated + size * (state is LayerState.AGGREGATED),
                 )
-                if set(states) <= allowed:
-                    for ranks in product(codec.space.ranks, repeat=genes):
-                        decision = RoundDecision(
-                            ranks=ranks * (codec.devices // genes), states=states
-                        )
-                        yield planner.repaired(Schedule(rounds=(decision,) * codec.rounds))
+                longer[kind] = (state,) * size + above
+        found = longer
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +251,8 @@ class Certificate:
         }[self.scope]
         return (
             f"against a front on which {hoped_for} {self.confidence:g} standard deviations more accurate "
-            f"than the model of accuracy has them: {figures}. It is as good as that model, and no proof"
+            f"than the model of accuracy has them: {figures}. It is as good as that model, no proof, and "
+            "about what is trained: choosing from that by few validation data may cost more"
         )
 
 
@@ -552,9 +563,8 @@ class Surrogate:
         codec, space = planner.codec, planner.codec.space
         if np.prod(codec.cardinalities.astype(float)) <= ENUMERABLE:
             return "all"
-        ranks = 1 if space.rank_scope == "common" else codec.devices
-        most = float(len(space.ranks)) ** ranks * (codec.layers + 2) ** 3 / 6  # a bound, and near
-        return "kinds" if space.phases == 1 and most <= ENUMERABLE else "searched"
+        count = len(_patterns(codec)) * float(len(space.ranks)) ** _rank_genes(codec)
+        return "kinds" if space.phases == 1 and count <= ENUMERABLE else "searched"
 
     def _pool(self, number: int) -> list[_Candidate]:
         """Return candidates for the next training, none of them trained."""

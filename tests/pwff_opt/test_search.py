@@ -352,21 +352,30 @@ def test_a_certificate_needs_something_that_was_trained(planner: Planner) -> Non
         search.tell(schedule, replace(answer(schedule, learned), rounds=(), status="failed"))
 
 
-def test_layers_are_alike(small: Scenario) -> None:
-    """Schedules of one kind cost the same and have the same features, and every schedule has a kind."""
-    for scope in ("common", "per_device"):
-        space = replace(small.decisions, rank_scope=scope, ranks=(0, 2))
-        planner = Planner(replace(small, decisions=space), Workload.padded(small, classes=3))
-        everything = planner_space(planner)
-        known = {
-            (one.rounds[0].ranks, features(one)[-1].tobytes()): planner.curve(one)
-            for one in kinds(planner)
-        }
-        assert len(known) < len(everything)
-        for one, curve in zip(everything, planner.curves(everything), strict=True):
-            alike = known[one.rounds[0].ranks, features(one)[-1].tobytes()]
-            np.testing.assert_allclose(curve.energy_j, alike.energy_j, rtol=1e-9)
-            np.testing.assert_allclose(curve.delay_s, alike.delay_s, rtol=1e-9)
+@pytest.mark.parametrize(
+    "states", [("frozen", "personal", "aggregated"), ("aggregated", "personal")]
+)
+@pytest.mark.parametrize("scope", ["common", "per_device"])
+@pytest.mark.parametrize("groups", [0, 2])
+def test_layers_are_alike(
+    small: Scenario, scope: str, groups: int, states: tuple[str, ...]
+) -> None:
+    """Schedules of one kind cost the same and have the same features; no kind is missing, none more."""
+    space = replace(
+        small.decisions, rank_scope=scope, ranks=(0, 2), layer_groups=groups, layer_states=states
+    )
+    planner = Planner(replace(small, decisions=space), Workload.padded(small, classes=3))
+    everything = planner_space(planner)
+    representatives = list(kinds(planner))
+    assert set(representatives) <= set(everything)
+    known = {
+        (one.rounds[0].ranks, features(one)[-1].tobytes()): planner.curve(one)
+        for one in representatives
+    }
+    for one, curve in zip(everything, planner.curves(everything), strict=True):
+        alike = known[one.rounds[0].ranks, features(one)[-1].tobytes()]
+        np.testing.assert_allclose(curve.energy_j, alike.energy_j, rtol=1e-9)
+        np.testing.assert_allclose(curve.delay_s, alike.delay_s, rtol=1e-9)
 
 
 def planner_space(planner: Planner) -> list[Schedule]:
