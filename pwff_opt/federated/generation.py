@@ -12,6 +12,8 @@ from pwff_opt.federated.attention import Around
 from pwff_opt.federated.backbone import Backbone, Stack, Start
 from pwff_opt.federated.tokens import Indices, Packed, Tokens
 
+LEFT_BEHIND = 0.25  # share of a batch that is over, from which on copying the rest is less work
+
 
 def generate(
     backbone: Backbone,
@@ -44,44 +46,54 @@ def generate(
             packed, stack, backbone.embed(packed), around=memory.first(backbone, packed)
         )
         rows = packed.last(hidden)
-        answers: list[torch.Tensor] = []
-        over = torch.zeros(packed.sequences, dtype=torch.bool, device=device)
+        owner = torch.arange(len(batches), device=device).repeat_interleave(
+            torch.tensor(packed.sequence_counts, device=device)
+        )
+        # What goes on: which sequences, where their next token comes, whether they are over already.
+        alive, place = torch.arange(packed.sequences, device=device), packed.lengths
+        over = torch.zeros_like(alive, dtype=torch.bool)
+        table = torch.full((packed.sequences, longest), stop, device=device)
         for number in range(longest):
             logits = backbone.next_tokens(rows)
             if draws is None:
                 token = logits.argmax(-1)
             else:
                 shares = (logits / temperature).softmax(-1).double().cumsum(-1)
-                drawn = torch.from_numpy(draws[:, number]).to(device)[:, None]
+                drawn = torch.from_numpy(draws[:, number]).to(device)[alive, None]
                 token = torch.searchsorted(shares, drawn * shares[:, -1:], right=True)[:, 0]
                 token = token.clamp_max(logits.shape[1] - 1)
-            answers.append(token.masked_fill(over, stop))
+            table[alive, number] = token  # after its end a sequence only writes what is not read
             over |= token == stop
             if bool(over.all()) or number == longest - 1:
                 break
-            step = _one_more(token, packed, number)
+            if int(over.sum()) >= LEFT_BEHIND * len(alive):
+                going = (~over).nonzero()[:, 0]
+                memory.keep(going)
+                alive, place, token, over = (x[going] for x in (alive, place, token, over))
+            counts = owner[alive].bincount(minlength=len(batches)).tolist()
+            step = _one_more(token, place, counts)
             start = Start(layer=0, hidden=backbone.ends.embed(step))
             rows = backbone.run(step, stack, start, around=memory.next(backbone, step))
-    table = torch.stack(answers, 1).cpu().numpy()
-    ends = np.where((table == stop).any(1), (table == stop).argmax(1) + 1, table.shape[1])
-    return [row[:end] for row, end in zip(table, ends, strict=True)]
+            place = place + 1
+    found = table.cpu().numpy()
+    ends = np.where((found == stop).any(1), (found == stop).argmax(1) + 1, longest)
+    return [row[:end] for row, end in zip(found, ends, strict=True)]
 
 
-def _one_more(token: torch.Tensor, packed: Packed, number: int) -> Packed:
-    """Return a batch of one token for each sequence, the ``number``-th after the prompt."""
-    count, device = packed.sequences, token.device
-    order = torch.arange(count, device=device)
+def _one_more(token: torch.Tensor, place: torch.Tensor, counts: Sequence[int]) -> Packed:
+    """Return a batch of one token for each sequence, at its place there; ``counts``: of every device."""
+    order = torch.arange(len(token), device=token.device)
     return Packed(
         ids=token,
-        positions=packed.lengths + number,
-        lengths=torch.ones_like(packed.lengths),
+        positions=place,
+        lengths=torch.ones_like(place),
         width=1,
         sequence_of=order,
         places=order,
         slots=order,
         inside=None,
-        token_counts=packed.sequence_counts,
-        sequence_counts=packed.sequence_counts,
+        token_counts=tuple(counts),
+        sequence_counts=tuple(counts),
     )
 
 
@@ -92,6 +104,10 @@ class _Memory:
         self.room = packed.width + longest
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         """[sequence, head, place, size] of each layer."""
+
+    def keep(self, sequences: torch.Tensor) -> None:
+        """Forget all but some sequences."""
+        self.layers = [(keys[sequences], values[sequences]) for keys, values in self.layers]
 
     def first(self, backbone: Backbone, packed: Packed) -> Around:
         plain = backbone.ends.around(packed)

@@ -155,3 +155,23 @@ def test_log_probabilities_of_answers(
             expected = sum(float(logits[t - 1, ids[0, t]]) for t in range(start, ids.shape[1]))
             assert float(sums[place]) == pytest.approx(expected, rel=1e-4)
             assert int(scored.counts[place]) == ids.shape[1] - start
+
+
+def test_those_that_end_early_are_left_behind(backbone: Backbone, prompts: Tokens) -> None:
+    """An answer is what comes before its first end, whoever else goes on, and however long."""
+    rng = np.random.default_rng(9)
+    batches = [np.repeat([0, 2, 3], 6), np.repeat([5, 1], 6)]
+    devices = [blocks(backbone, 1), blocks(backbone, 2)]
+    how = {"longest": 10, "draws": rng.random((30, 10)), "temperature": 3.0}
+    stack = Stack(devices, [2.0, 2.0])
+    endless = generate(backbone, stack, prompts, batches, stop=-1, **how)
+    assert all(len(answer) == 10 for answer in endless)
+    tokens, counts = np.unique(np.concatenate(endless), return_counts=True)
+    stop = int(tokens[counts.argmax()])
+    ended = generate(backbone, stack, prompts, batches, stop=stop, **how)
+    lengths = set()
+    for whole, answer in zip(endless, ended, strict=True):
+        at = np.flatnonzero(whole == stop)
+        np.testing.assert_array_equal(answer, whole[: at[0] + 1] if len(at) else whole)
+        lengths.add(len(answer))
+    assert len(lengths) > 4
