@@ -222,7 +222,7 @@ class Alignment:
     """Of the groups of preference pairs: those the reward models learn from, and no device holds."""
     reward_model: str = "minilm"
     """Encoder that the reward models are made of: "minilm", a folder, or a hub name."""
-    reward_steps: Count = 300
+    reward_steps: Count = 150
     """Of training a reward model, 16 pairs each."""
 
 
