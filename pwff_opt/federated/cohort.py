@@ -184,7 +184,7 @@ class Cohort:
             return loss, {}
         products = gram(gradients, self._device_of, len(batches))
         shares = weights(products, self._wishes, self._regularisation)
-        torch.sum(shares.T[:, self._device_of] * gradients, 0, out=self._grad)
+        torch.sum(shares.T.to(gradients)[:, self._device_of] * gradients, 0, out=self._grad)
         notes = {"conflict": conflict(products), "stationarity": stationarity(products)}
         notes["weight"] = shares[:, 0]
         return loss, {name: values.cpu() for name, values in notes.items()}

@@ -28,13 +28,19 @@ import torch
 
 
 def gram(gradients: torch.Tensor, device_of: torch.Tensor, devices: int) -> torch.Tensor:
-    """Return the products of every device's gradients, [device, objective, objective].
+    """Return the products of every device's gradients, [device, objective, objective], in float64.
 
-    ``gradients``: [objective, parameter]; ``device_of``: [parameter], whose it is.
+    ``gradients``: [objective, parameter]; ``device_of``: [parameter], whose it is.  One sum over millions of
+    parameters in float32 is off by some thousandths, which is more than gradients may differ by.
     """
-    products = gradients[:, None] * gradients[None]
-    sums = products.new_zeros(*products.shape[:2], devices)
-    return sums.index_add(2, device_of, products).permute(2, 0, 1)
+
+    def product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        each = one.double() * other.double()
+        return each.new_zeros(devices).index_add(0, device_of, each)
+
+    return torch.stack(
+        [torch.stack([product(one, other) for other in gradients], 1) for one in gradients], 1
+    )
 
 
 def weights(products: torch.Tensor, wishes: torch.Tensor, regularisation: float) -> torch.Tensor:

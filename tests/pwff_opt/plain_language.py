@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +70,17 @@ def answer_logs(model: Any, ids: torch.Tensor, start: int) -> torch.Tensor:
     return -functional.cross_entropy(logits, ids[0, start:], reduction="sum")
 
 
+@cache
+def _base(source: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(source)
+
+
 def plain_device(
     scenario: Scenario, start: Tensors, rank: int
 ) -> tuple[Any, dict[str, torch.nn.Parameter]]:
     """Return a peft model that holds the tensors of one device, and its parameters by name."""
     peft = scenario.peft
-    source = model_source(scenario.model.source, folder=scenario.folder)
-    model = AutoModelForCausalLM.from_pretrained(source)
+    model = copy.deepcopy(_base(model_source(scenario.model.source, folder=scenario.folder)))
     adapters = attach_adapters(model, peft.adapter_width) if peft.adapter_width else []
     layers = model.model.layers
     with torch.no_grad():

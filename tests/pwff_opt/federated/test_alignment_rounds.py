@@ -14,15 +14,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain_language import answer_logs, assert_equals_plain, distances, row, save_decoder
+from plain_language import (
+    answer_logs,
+    assert_equals_plain,
+    distances,
+    plain_device,
+    row,
+    save_decoder,
+)
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 from pwff_opt.costs import CostModel
 from pwff_opt.decision import Schedule
 from pwff_opt.errors import ModelError
+from pwff_opt.federated import products
 from pwff_opt.federated.backbone import Backbone, Stack
 from pwff_opt.federated.evaluator import FederatedEvaluator
+from pwff_opt.federated.exchange import Exchange
 from pwff_opt.federated.features import Features, Level
 from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.rewards import Pairs, Reader, RewardModel
@@ -160,14 +170,10 @@ def plain_loss(
     ("text", "optimiser", "table"),
     [
         ("3x2:fpa", "dpo", {}),
-        ("2x4:aaa", "modpo", {"proximal": 0.5}),
-        (
-            "3x2,4,4:faa",
-            "dpo",
-            {"lora": "flora"},
-        ),  # the reference does not see what it leaves behind
-        ("2x2:paf", "dpo", {"lora": "fedex"}),
-        ("2x0:ffa", "modpo", {}),
+        ("1x4:aaa", "modpo", {"proximal": 0.5}),
+        # The reference does not see what these rules leave in frozen weights.
+        ("2x2,4,4:faa", "dpo", {"lora": "flora"}),
+        ("2x2:ffa", "dpo", {"lora": "fedex"}),
     ],
 )
 def test_equals_plain_peft_one_device_after_another(
@@ -192,6 +198,72 @@ def test_equals_plain_peft_one_device_after_another(
     assert bool(deltas) == (table.get("lora") in ("flora", "fedex"))
 
 
+@pytest.mark.parametrize("seed", [1, 5])
+def test_sampled_answers_are_learned_from_as_torch_alone_would(
+    scenario: Scenario, tmp_path: Path, seed: int
+) -> None:
+    """The weighted sum of both losses, one backward pass and torch's AdamW; losses have a test by hand.
+
+    With another seed the evaluator shares model, data and rewards, and draws other answers.
+    """
+    evaluator = FederatedEvaluator(variant(scenario, optimiser="grpo", updates=2), tmp_path)
+    evaluator = evaluator.with_seed(seed)
+    trainer, stage = evaluator.trainer, stage_of(evaluator)
+    (decision,) = Schedule.parse("1x2:ppp", devices=3).rounds
+    present = (True,) * 3
+    ours, _ = trainer.round(trainer.initial(), 0, decision, present)
+    for device, helpfulness in enumerate(HELPFULNESS):
+        own = trainer._prepared(trainer.initial().devices[device], 2, present, 0, device)
+        own = {name: tensor.clone().requires_grad_(True) for name, tensor in own.items()}
+        passes = Passes(evaluator.material.backbone, [device], Stack([own], [2.0]))
+        optimiser = torch.optim.AdamW(own.values(), lr=0.01, weight_decay=0.01)
+        for step, batch in enumerate(trainer.batches(0, device)):
+            lesson, ready = stage.lesson([batch], passes, seed=seed, round=0, step=step)
+            for _ in range(2):
+                help_loss, safe_loss = (
+                    loss.each.sum() / 2 for loss in lesson.losses(ready, passes)
+                )
+                optimiser.zero_grad()
+                (helpfulness * help_loss + (1 - helpfulness) * safe_loss).backward()
+                optimiser.step()
+        learned = {name: tensor.detach() for name, tensor in own.items()}
+        assert max(distances(ours.devices[device], learned).values()) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("alignment", "again"),
+    [({"optimiser": "dpo"}, 2 / 3), ({"optimiser": "grpo", "reconcile": "mgda"}, 1.0)],
+)
+def test_local_steps_take_the_flops_of_the_cost_model(
+    scenario: Scenario,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    alignment: dict[str, Any],
+    again: float,
+) -> None:
+    """Counted by torch, which sees no product of oneDNN; all data are drawn, so means are exact.
+
+    Attention is padded here, which the plan's is not. A second time the reference's passes over pairs,
+    a third of a forward pass with two for backward, are known.
+    """
+    monkeypatch.setattr(products, "_ONEDNN", False)
+    scenario = replace(
+        variant(scenario, **alignment), data=replace(scenario.data, train_per_device=4)
+    )
+    evaluator = FederatedEvaluator(scenario, tmp_path)
+    trainer, schedule = evaluator.trainer, Schedule.parse("1x2:aaa", devices=3)
+    (decision,) = schedule.rounds
+    before = [trainer._prepared({}, 2, (True,) * 3, 0, device) for device in range(3)]
+    work = CostModel(scenario, evaluator.workload).demand(schedule).work_cycles[0]
+    planned = work[1] * scenario.devices[1].flops_per_cycle
+    found = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            trainer._local_steps([1], before, decision, Exchange(scenario, 0, decision), 0)
+        found.append(counter.get_total_flops() / planned)
+    assert found == pytest.approx([1.0, again], rel=0.015)
+
+
 @pytest.mark.parametrize("optimiser", ["dpo", "grpo"])
 def test_where_all_is_frozen_nothing_is_learned(
     scenario: Scenario, tmp_path: Path, optimiser: str
@@ -206,15 +278,14 @@ def test_where_all_is_frozen_nothing_is_learned(
         assert done.rounds[-1].loss == pytest.approx((math.log(2),) * 3, rel=1e-5)
 
 
-@pytest.mark.parametrize("optimiser", ["dpo", "grpo"])
-@pytest.mark.parametrize("reconcile", ["weighted", "mgda"])
 @pytest.mark.parametrize(
-    "table",
+    ("optimiser", "reconcile", "table"),
     [
-        {"clip_norm": 0.1, "noise_multiplier": 0.5, "proximal": 1e-3},
-        {"devices_per_round": 2, "lora": "fedit"},
+        ("dpo", "mgda", {"clip_norm": 0.1, "noise_multiplier": 0.5, "proximal": 1e-3}),
+        ("grpo", "weighted", {"clip_norm": 0.1, "noise_multiplier": 0.5, "proximal": 1e-3}),
+        ("dpo", "weighted", {"devices_per_round": 2, "lora": "fedit"}),
+        ("grpo", "mgda", {"devices_per_round": 2, "lora": "fedit"}),
     ],
-    ids=["private", "sampled"],
 )
 def test_users_of_one_wish_and_few_of_them(
     scenario: Scenario, tmp_path: Path, optimiser: str, reconcile: str, table: dict[str, Any]
@@ -399,3 +470,40 @@ def test_a_sequence_is_computed_in_one_company_only(small_model: Path) -> None:
     for device, (part,) in enumerate(parts):
         start = features.start(Level(2), [device], [part], [{}], [1.0], 1.0)
         assert len(start.hidden) == tokens.lengths[part].sum()
+
+
+def test_the_loss_of_pairs_is_that_of_trl(scenario: Scenario, tmp_path: Path) -> None:
+    """By its trainer, with the model's blocks as plain peft has them; only where trl is installed."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    evaluator = FederatedEvaluator(scenario, tmp_path)
+    schedule, held = Schedule.parse("2x2:fpa", devices=3), stage_of(evaluator)._dialogues
+    state, _ = evaluator._trained(schedule)
+    batch, passes = evaluator.material.shards[1].train, evaluator.model(schedule, 1)
+    ours = [loss.each.mean().item() for loss in stage_of(evaluator).losses([batch], passes)]
+    policy, _ = plain_device(scenario, state.devices[1], 2)
+    reference, _ = plain_device(scenario, {}, 0)
+    trainer = trl.DPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=trl.DPOConfig(str(tmp_path / "trl"), beta=0.4, report_to=[], use_cpu=True, bf16=False),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=stage_of(evaluator)._tokenizer,
+    )
+    for axis in range(2):
+        pairs = held.pairs[batch, axis]
+        sequences = np.concatenate([held.chosen[pairs], held.rejected[pairs]])
+        rows = [row(held.tokens, s)[0] for s in sequences]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        places, starts = torch.arange(ids.shape[1]), torch.from_numpy(held.starts[sequences])
+        inside = places < torch.tensor([len(one) for one in rows])[:, None]
+        given = {
+            "input_ids": ids,
+            "attention_mask": inside.long(),
+            "completion_mask": (inside & (places >= starts[:, None])).long(),
+        }
+        with torch.no_grad():
+            theirs = float(trainer.compute_loss(trainer.model, given))
+        assert ours[axis] == pytest.approx(theirs, rel=1e-5)
+        assert abs(theirs - math.log(2)) > 1e-3

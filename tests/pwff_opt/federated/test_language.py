@@ -123,12 +123,12 @@ def plain_loss(evaluator: FederatedEvaluator) -> Callable[[Any, int, Sequence[in
     [
         ("pretraining", "3x2:fpa", {}, {}),
         ("instruction", "3x4:aaa", {}, {}),
-        ("instruction", "3x2,0,4:ppf", {}, {}),
-        ("pretraining", "3x0:fap", {}, {}),
+        ("instruction", "2x2,0,4:ppf", {}, {}),
+        ("pretraining", "2x0:fap", {}, {}),
         ("instruction", "1x2:ffa 1x4:paf 1x2:fpf", {}, {"proximal": 0.5}),
-        ("pretraining", "3x2:fpa", {"adapter_width": 0, "common_lora_rank": 3}, {}),
-        ("instruction", "3x2,4,4:faa", {"lora_scaling": "rslora"}, {"lora": "flora"}),
-        ("pretraining", "3x2:paa", {}, {"lora": "fedex"}),
+        ("pretraining", "2x2:fpa", {"adapter_width": 0, "common_lora_rank": 3}, {}),
+        ("instruction", "2x2,4,4:faa", {"lora_scaling": "rslora"}, {"lora": "flora"}),
+        ("pretraining", "2x2:paa", {}, {"lora": "fedex"}),
     ],
 )
 def test_equals_plain_peft_one_device_after_another(
@@ -228,10 +228,10 @@ def test_only_answers_are_learned(instruction: Scenario, tmp_path: Path) -> None
     assert (changed_loss.each != loss.each).all()
 
 
-def test_bfloat16_learns_much_the_same(scenario: Scenario, tmp_path: Path) -> None:
-    halved = replace(scenario, training=replace(scenario.training, base_dtype="bfloat16"))
-    schedule = Schedule.parse("3x2:fpa", devices=3)
-    exact = FederatedEvaluator(scenario, tmp_path / "a").train(schedule)
+def test_bfloat16_learns_much_the_same(instruction: Scenario, tmp_path: Path) -> None:
+    halved = replace(instruction, training=replace(instruction.training, base_dtype="bfloat16"))
+    schedule = Schedule.parse("2x2:fpa", devices=3)
+    exact = FederatedEvaluator(instruction, tmp_path / "a").train(schedule)
     coarse = FederatedEvaluator(halved, tmp_path / "b").train(schedule)
     assert coarse.status == "done", coarse.reason
     for a, b in zip(exact.rounds, coarse.rounds, strict=True):
@@ -241,10 +241,10 @@ def test_bfloat16_learns_much_the_same(scenario: Scenario, tmp_path: Path) -> No
 
 
 def test_out_of_memory_cuts_the_mini_batch_and_goes_on(
-    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    instruction: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     schedule = Schedule.parse("2x2:faa", devices=3)
-    expected, _ = FederatedEvaluator(scenario, tmp_path / "a")._trained(schedule)
+    expected, _ = FederatedEvaluator(instruction, tmp_path / "a")._trained(schedule)
     through = Backbone.run
 
     def short_of_memory(self: Backbone, packed: Packed, *rest: Any, **how: Any) -> torch.Tensor:
@@ -253,7 +253,7 @@ def test_out_of_memory_cuts_the_mini_batch_and_goes_on(
         return through(self, packed, *rest, **how)
 
     monkeypatch.setattr(Backbone, "run", short_of_memory)
-    cut, _ = FederatedEvaluator(scenario, tmp_path / "b")._trained(schedule)
+    cut, _ = FederatedEvaluator(instruction, tmp_path / "b")._trained(schedule)
     assert "mini-batches are now cut into" in caplog.text
     for own, other in zip(cut.devices, expected.devices, strict=True):
         assert max(distances(own, other).values()) <= 1e-5

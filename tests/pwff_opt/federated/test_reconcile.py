@@ -94,3 +94,16 @@ def test_each_device_by_its_own_parameters() -> None:
     shares = weights(gram(flat, owner, 3), torch.full((3, 2), 0.5).double(), 1.0)
     assert shares[0].isnan().any()
     assert not shares[1:].isnan().any()
+
+
+def test_products_over_millions_of_parameters() -> None:
+    """Against numpy in float64; the cosine was off by 4e-3 when it was summed in float32."""
+    rng = np.random.default_rng(5)
+    first = rng.standard_normal(3_000_000).astype(np.float32)
+    second = first + 0.5 * rng.standard_normal(len(first)).astype(np.float32)
+    both = np.stack([first, second])
+    products = gram(torch.from_numpy(both), torch.zeros(len(first), dtype=torch.int64), 1)
+    exact = both.astype(np.float64) @ both.astype(np.float64).T
+    np.testing.assert_allclose(products[0].numpy(), exact, rtol=1e-9)
+    cosine = exact[0, 1] / np.sqrt(exact[0, 0] * exact[1, 1])
+    assert float(conflict(products)[0]) == pytest.approx(cosine, rel=1e-9)
