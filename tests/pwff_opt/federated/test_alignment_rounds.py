@@ -171,7 +171,6 @@ def plain_loss(
     [
         ("3x2:fpa", "dpo", {}),
         ("1x4:aaa", "modpo", {"proximal": 0.5}),
-        # The reference does not see what these rules leave in frozen weights.
         ("2x2,4,4:faa", "dpo", {"lora": "flora"}),
         ("2x2:ffa", "dpo", {"lora": "fedex"}),
     ],
@@ -196,6 +195,30 @@ def test_equals_plain_peft_one_device_after_another(
     ours = assert_equals_plain(scenario, evaluator, schedule, plain_loss(scenario, evaluator))
     deltas = {name for own in ours.devices for name in own if name.startswith("delta.")}
     assert bool(deltas) == (table.get("lora") in ("flora", "fedex"))
+
+
+def test_the_reference_is_the_frozen_model_also_in_a_later_session(
+    scenario: Scenario, tmp_path: Path
+) -> None:
+    """What is asked for first when blocks and deltas are there already is not theirs."""
+    changed = replace(scenario, aggregation=replace(scenario.aggregation, lora="flora"))
+    schedule = Schedule.parse("2x2:faa", devices=3)
+    FederatedEvaluator(changed, tmp_path).train(schedule)
+    evaluator = FederatedEvaluator(changed, tmp_path)
+    stage: Any = evaluator.material.stage
+    passes, sequences = (
+        evaluator.model(schedule, 1),
+        stage.sequences(evaluator.material.shards[1].train),
+    )
+    assert any(name.startswith("delta.") for name in passes.stack._names)
+    assert stage._references.log_probability.isnan().all()
+    frozen, _ = plain_device(scenario, {}, 0)
+    held = stage._dialogues
+    with torch.no_grad():
+        expected = [
+            answer_logs(frozen, row(held.tokens, s), int(held.starts[s])) for s in sequences
+        ]
+    torch.testing.assert_close(stage._referred(sequences, passes), torch.stack(expected))
 
 
 @pytest.mark.parametrize("seed", [1, 5])

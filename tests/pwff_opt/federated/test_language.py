@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +22,12 @@ from plain_language import (
     row,
     save_decoder,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import pwff_opt.federated.peft_bottleneck  # noqa: F401  (peft then knows bottleneck adapters)
 from pwff_opt.costs import CostModel
 from pwff_opt.decision import Schedule
+from pwff_opt.errors import DataError
 from pwff_opt.federated.backbone import Backbone, Stack
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.generation import generate
@@ -330,6 +333,33 @@ def test_in_a_single_token_there_is_nothing_to_learn(pretraining: Scenario, tmp_
     assert float(loss.each[1]) == 0.0
     assert loss.each[:1].item() == pytest.approx(next(stage.losses([first], passes)).each.item())
     assert stage.measures(both, passes) == pytest.approx(stage.measures(first, passes))
+
+
+def test_texts_of_single_words_by_a_tokenizer_that_adds_nothing(
+    pretraining: Scenario, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "decoder", tmp_path / "decoder")
+    source = tmp_path / "decoder" / "tokenizer.json"
+    parts = json.loads(source.read_text()) | {"post_processor": None}
+    source.write_text(json.dumps(parts))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(source), unk_token="[UNK]", pad_token="[PAD]", eos_token="[SEP]"
+    )
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    table = tmp_path / "texts.csv"
+    data = replace(pretraining.data, source="file", path="texts.csv")
+    scenario = replace(pretraining, folder=str(tmp_path), data=data)
+    table.write_text("\n".join(["text", *map(str, range(90))]))  # each number is a token
+    with pytest.raises(
+        DataError, match=r"got none in train of device 0 \(data\.train_per_device\)"
+    ):
+        FederatedEvaluator(scenario, tmp_path / "x")
+    table.write_text("\n".join(["text", *(f"{n}\n{n} of {n}" for n in range(45))]))
+    evaluator = FederatedEvaluator(scenario, tmp_path / "x")
+    assert set(stage_of(evaluator).tokens.lengths) == {1, 3}
+    done = evaluator.train(Schedule.parse("3x2:fpa", devices=3))
+    assert done.status == "done", done.reason
+    assert not done.rounds[-1].diverged
 
 
 LEFTOVERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
