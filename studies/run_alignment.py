@@ -60,7 +60,7 @@ from pwff_opt.records import write_atomically
 DEPTH, RANK = 6, 8
 """Layers that are trained, the upper ones, and rank of their LoRA."""
 DEADLINE = 1.5
-GENERAL = (60, 64)
+GENERAL = (40, 64)
 """Texts that measure forgetting, and tokens of each."""
 
 
