@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pwff_opt.errors import PwffError, RunError
+from pwff_opt.costs import Workload
+from pwff_opt.errors import DataError, PwffError, RunError, ScenarioError
 from pwff_opt.figures import front_figure, segments
 from pwff_opt.pareto import Front, Progress, pareto_front
 from pwff_opt.planning import Planner
@@ -93,7 +95,7 @@ def certify(
         search.tell(evaluation.schedule, evaluation)
     with console.status("going through all schedules …"):
         certificate = search.certificate(confidence)
-    console.print(f"{len(journal)} trainings in {run}; {certificate.sentence}")
+    console.print(f"{journal.counts[0]} schedules trained in {run}; {certificate.sentence}")
 
 
 @app.command("save-model")
@@ -102,7 +104,7 @@ def save_model(
     device: Annotated[int, typer.Option(min=0, help="which device's model")],
     out: Annotated[Path, typer.Option(help="folder to write")],
     schedule: Annotated[
-        str, typer.Option(help="a schedule of front.csv; the knee's if not given")
+        str, typer.Option(help="one the run has trained, or a cut of it; the knee's if not given")
     ] = "",
 ) -> None:
     """Write a device's personalised model, to be loaded with transformers and peft."""
@@ -116,10 +118,10 @@ def save_model(
         if table is None:
             raise RunError(f"{run} has no front.csv: give --schedule, or finish the run first")
         schedule = str(table[table["knee"]].iloc[0]["schedule"])
+    parsed = Schedule.parse(schedule, devices=len(scenario.devices))
     with folder.lock():
-        evaluator = FederatedEvaluator(scenario, folder.checkpoints)
-        parsed = Schedule.parse(schedule, devices=len(scenario.devices))
-        evaluator.save_device(parsed, device, out)
+        Journal(Past(folder), folder).require(parsed)
+        FederatedEvaluator(scenario, folder.checkpoints).save_device(parsed, device, out)
     console.print(f"device {device} after {schedule}: {out}")
     console.print("load it with: pwff_opt.federated.export.load_device_model(folder)")
 
@@ -145,11 +147,26 @@ def scenario_init(
 
 @scenario_app.command("check")
 def scenario_check(scenario: ScenarioArgument) -> None:
-    """Check a scenario file; everything wrong with it is said at once."""
+    """Check a scenario file, then its data and model against it; everything wrong is said at once."""
     checked = read_scenario(scenario)
+    problems, told = [], f"data {checked.data.source!r}"
+    classes = 2 if checked.training.stage == "classification" else None
+    try:
+        if checked.data.source != "hub":  # a check fetches no data
+            told, classes = _dealt(checked)
+    except DataError as error:
+        problems.append(str(error))
+    try:  # what the search begins with is made to fit into the devices' memory
+        Planner(checked, Workload.padded(checked, classes=classes)).first_generation()
+    except ScenarioError as error:
+        problems += error.problems
+    except PwffError as error:
+        problems.append(str(error))
+    if problems:
+        raise ScenarioError(scenario, problems)
     console.print(
         f"{scenario} is good: {len(checked.devices)} devices, {checked.training.rounds} rounds, "
-        f"model {checked.model.source!r}, data {checked.data.source!r}"
+        f"model {checked.model.source!r}, {told}"
     )
 
 
@@ -181,6 +198,43 @@ def main() -> None:
         sys.exit(2)
 
 
+# -- check ----------------------------------------------------------------------------------------
+
+
+def _dealt(scenario: Scenario) -> tuple[str, int | None]:
+    """Deal the data out as a training does; return what they are, and how many classes they have."""
+    from pwff_opt.federated.conversations import load_demonstrations, load_preferences
+    from pwff_opt.federated.data import load_corpus, load_texts
+    from pwff_opt.federated.partition import partition, partition_preferences
+    from pwff_opt.federated.tables import read_table
+
+    data, folder, stage = scenario.data, Path(scenario.folder), scenario.training.stage
+    devices, seed = len(scenario.devices), scenario.seeds.data
+    source = f"data {data.source!r}"
+    if data.source == "file":
+        source = f"{len(read_table(data, folder=folder))} rows of {data.path!r}"
+    if stage == "alignment":
+        preferences = load_preferences(data, folder=folder)
+        share = scenario.alignment.reward_share
+        partition_preferences(preferences, data, reward_share=share, devices=devices, seed=seed)
+        return f"{len(preferences)} pairs out of {source}", None
+    load = {"instruction": load_demonstrations, "pretraining": load_texts}.get(stage, load_corpus)
+    corpus = load(data, folder=folder)
+    told = f"{len(corpus)} different texts out of {source}, of {len(corpus.domain_names)} domain(s)"
+    classes = len(corpus.class_names) if stage == "classification" else None
+    if classes is not None:
+        told += f" and {classes} classes ({_listed(corpus.class_names)})"
+    try:
+        partition(corpus, data, devices=devices, seed=seed)
+    except DataError as error:
+        raise DataError(f"{error}; there are {told}") from error
+    return told, classes
+
+
+def _listed(names: tuple[str, ...], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
 # -- front ----------------------------------------------------------------------------------------
 
 
@@ -192,6 +246,13 @@ def _search(run: RunFolder, scenario: Scenario, trainings: int, confirm: int) ->
         evaluator = FederatedEvaluator(scenario, run.checkpoints, tick=reporter.tick)
         journal = Journal(evaluator, run)
     data = evaluator.summary
+    kept = max(trainings, journal.searched), max(confirm, run.info().get("confirmed", 0))
+    if kept != (trainings, confirm):
+        console.print(
+            f"--trainings {trainings} --confirm {confirm} is less than what {run.path} has: going by "
+            f"--trainings {kept[0]} --confirm {kept[1]}; choose another --out for less"
+        )
+    trainings, confirm = kept
     run.begin(
         trainings=trainings,
         baseline=data.baseline,
@@ -204,29 +265,46 @@ def _search(run: RunFolder, scenario: Scenario, trainings: int, confirm: int) ->
         f"{scenario.name}: {len(scenario.devices)} devices, {scenario.training.rounds} rounds; "
         f"{data.sentence}"
         + ("" if data.baseline is None else f"; {data.baseline_name} scores {data.baseline:.3f}")
+        + (
+            ""
+            if data.baseline_per_device is None
+            else f", on every device its own {data.baseline_per_device:.3f}"
+        )
     )
     for note in data.notes:
         console.print(note)
     if evaluator.epsilon is not None:
         console.print(
-            f"shared blocks are ({evaluator.epsilon:.2f}, {scenario.aggregation.privacy_delta:g})-private "
-            "for each device over all rounds; validation and test accuracies are not"
+            f"in each training the shared blocks of all rounds are ({evaluator.epsilon:.2f}, "
+            f"{scenario.aggregation.privacy_delta:g})-private as to all data of one device, replaced by "
+            "another's; every further training on the same data, confirmations too, spends more, "
+            "and validation and test accuracies are not private"
         )
-    known = len(journal)
-    if known:
-        console.print(f"continuing {run.path}: {known} schedules are in its journal")
+    own, fresh = journal.counts
+    if own:
+        console.print(
+            f"continuing {run.path}: {own} schedules are in its journal"
+            + (f", and {fresh} trainings with fresh seeds" if fresh else "")
+        )
+    if journal.outdated:
+        console.print(
+            f"{journal.outdated} trainings in the journal do not count: the files of data or model, or the "
+            "trainer, have changed since"
+        )
     with reporter:
         found = pareto_front(
             scenario, journal, trainings=trainings, confirm=confirm, progress=reporter.progress
         )
     run.write_table("front.csv", found.points)
+    run.note(confirmed=confirm)
     _report(run, found, journal, trainings)
 
 
 def _report(run: RunFolder, found: Front, journal: Journal, trainings: int) -> None:
     failed = [entry for entry in found.evaluations if entry.status == "failed"]
+    now = sum(entry.key in journal.trained for entry in found.evaluations)
     console.print(
-        f"\n{len(found.evaluations)} schedules trained ({journal.trained} now, {journal.reused} from "
+        f"\n{len(found.evaluations)} schedules trained ({now} now, {len(found.evaluations) - now} from "
         f"the journal{f', {len(failed)} failed' if failed else ''}); "
         f"largest duality gap of an allocation {found.gap:.1e}"
     )
@@ -268,13 +346,16 @@ def _print_front(run: RunFolder) -> None:
         ]
         if confirmed:
             cells += [
-                f"{row.accuracy_confirmed:.3f} ± {row.accuracy_confirmed_error:.3f}",
-                f"{row.probability_nondominated:.0%}",
+                _known("{:.3f}", row.accuracy_confirmed)
+                + _known(" ± {:.3f}", row.accuracy_confirmed_error),
+                _known("{:.0%}", row.probability_nondominated),
             ]
         table.add_row(*cells)
     console.print(table)
     if confirmed:
         own = front.drop_duplicates("schedule")
+        if own["accuracy_confirmed_error"].isna().all():
+            console.print("one fresh seed says nothing of errors: --confirm 2 or more does")
         console.print(
             "fresh seeds: mean test accuracy of trainings that chose nothing, ± its 95 % interval; on front: "
             "mean probability that a point of the row is not dominated. The search took accuracies to be "
@@ -342,6 +423,11 @@ class _Reporter:
         rate = self._ticks / (time.perf_counter() - self._start)
         left = (now.total - now.done) * self._devices - (self._ticks - self._ticks_before)
         return f"{head}  {60 * rate:.0f} device-rounds/min, {_clock(max(0, left) / rate)} left"
+
+
+def _known(form: str, value: Any) -> str:
+    """Return a number in a form, and nothing for one that is not known."""
+    return "" if math.isnan(value) else form.format(value)
 
 
 def _clock(seconds: float) -> str:

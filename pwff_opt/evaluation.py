@@ -11,10 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pwff_opt.costs import Workload
+import numpy as np
+
+from pwff_opt.costs import CostModel, Demand, Workload
 from pwff_opt.decision import Schedule
+from pwff_opt.errors import DecisionError, InfeasibleError
 from pwff_opt.models import model_source
-from pwff_opt.scenario import Data, Model, Scenario
+from pwff_opt.scenario import AVERAGING, Data, Model, Scenario
 from pwff_opt.scenario_io import resolved
 
 # Raised whenever the trainer would learn something else from the same scenario and schedule.
@@ -68,6 +71,56 @@ class Evaluator(Protocol):
 
     def with_seed(self, seed: int) -> Evaluator:
         """Return an evaluator that differs in the seed of training only."""
+
+
+def as_schedule(schedule: Schedule | str, *, devices: int) -> Schedule:
+    """Return a schedule that may be given as its text."""
+    if isinstance(schedule, str):
+        return Schedule.parse(schedule, devices=devices)
+    if not isinstance(schedule, Schedule):
+        raise DecisionError(f"schedule must be a Schedule or its text, got {schedule!r}")
+    return schedule
+
+
+def demanded(costs: CostModel, schedule: Schedule) -> Demand:
+    """Return what a schedule demands of the devices, if they and the scenario allow it.
+
+    Raises
+    ------
+    DecisionError
+        It has too many rounds, other layers or devices, or ranks that ``aggregation.lora`` cannot merge.
+    InfeasibleError
+        A device lacks the memory.
+    """
+    scenario = costs.scenario
+    if len(schedule) > scenario.training.rounds:
+        raise DecisionError(
+            f"schedule must have at most training.rounds ({scenario.training.rounds}) rounds, "
+            f"got {len(schedule)}"
+        )
+    mixed = any(len(set(decision.ranks)) > 1 for decision in schedule.rounds)
+    if mixed and scenario.aggregation.lora in (*AVERAGING, "fedex"):
+        raise DecisionError(
+            f"ranks must be common to all devices for aggregation.lora {scenario.aggregation.lora!r}, "
+            f"which averages factors of one and the same rank; got {schedule}"
+        )
+    demand = costs.demand(schedule)
+    if not costs.fits(demand):
+        raise InfeasibleError(_lack(costs, demand, str(schedule)))
+    return demand
+
+
+def _lack(costs: CostModel, demand: Demand, what: str) -> str:
+    """Return which device lacks memory, how much it has and how much it needs."""
+    need = demand.memory_byte.max(axis=0)
+    limit = np.array([device.memory_byte for device in costs.scenario.devices])
+    short = np.flatnonzero(need > limit)
+    first = int(short[0])
+    others = f" ({len(short) - 1} more devices lack memory)" if len(short) > 1 else ""
+    return (
+        f"devices[{first}].memory_byte must be at least {need[first]:.0f} for {what} at "
+        f"training.batch_size {costs.scenario.training.batch_size}, got {limit[first]:g}{others}"
+    )
 
 
 def learning_key(scenario: Scenario, schedule: Schedule) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def front_figure(folder: RunFolder) -> list[Path]:
     front = folder.table("front.csv")
     if front is None or not len(front):
         raise RunError(f"{folder.path} has no front to draw; run: pwff-opt front")
-    info = folder.info()
+    baseline = _baseline(folder.info())
     with as_file(files("pwff_opt") / "pwff.mplstyle") as style, plt.style.context(style):
         figure, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS_IN, 2.35), layout="constrained")
         for axis, (x, y, colour) in zip(axes, _PANELS, strict=True):
@@ -70,10 +71,8 @@ def front_figure(folder: RunFolder) -> list[Path]:
             axis.set_xscale("log")
             if y == "energy_j":
                 axis.set_yscale("log")
-            elif info.get("baseline") is not None:
-                axis.axhline(
-                    info["baseline"], color="black", lw=0.7, ls=":", label=info["baseline_name"]
-                )
+            elif baseline is not None:
+                axis.axhline(baseline[0], color="black", lw=0.7, ls=":", label=baseline[1])
             for scale in (axis.xaxis, axis.yaxis):
                 if scale.get_scale() == "log":
                     _plain_ticks(scale)
@@ -91,6 +90,16 @@ def front_figure(folder: RunFolder) -> list[Path]:
             write_atomically(path, lambda target: figure.savefig(target, metadata=metadata))  # noqa: B023
         plt.close(figure)
     return paths
+
+
+def _baseline(info: Mapping[str, Any]) -> tuple[float, str] | None:
+    """Return the best accuracy that takes no learning, and its name; it may be each device's."""
+    known = [
+        (info[key], f"{info['baseline_name']}{by}")
+        for key, by in (("baseline", ""), ("baseline_per_device", ", by device"))
+        if info.get(key) is not None
+    ]
+    return max(known, key=lambda one: one[0], default=None)
 
 
 def _plain_ticks(axis: Any) -> None:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pwff_opt.costs import CostModel, Demand, Workload
+from pwff_opt.costs import Architecture, CostModel, Demand, Workload
+from pwff_opt.costs.workload import longest_sequence
 from pwff_opt.decision import Codec, LayerState, RoundDecision, Schedule
-from pwff_opt.errors import DecisionError, InfeasibleError, allocator_refusals
+from pwff_opt.errors import DecisionError, InfeasibleError, ScenarioError, allocator_refusals
+from pwff_opt.evaluation import as_schedule, demanded
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Scenario
 from pwff_opt.wireless import channel_gain
@@ -111,6 +113,15 @@ class Planner:
         What schedules demand of devices, and the allocation problems they pose.
     codec : Codec
         Between schedules and the genomes that a search varies.
+
+    Raises
+    ------
+    ScenarioError
+        If the model is too small for the scenario's ranks or sequences.
+
+    Every method that is asked about a schedule raises a DecisionError if it does not fit the scenario
+    and the model, and an InfeasibleError, which names device, need and limit, if a device lacks the
+    memory for it.
     """
 
     def __init__(self, scenario: Scenario, workload: Workload) -> None:
@@ -122,6 +133,9 @@ class Planner:
             raise DecisionError(f"workload must be a Workload, got {workload!r}")
         self.scenario = scenario
         self.costs = CostModel(scenario, workload)
+        problems = _misfits(scenario, self.costs.architecture)
+        if problems:
+            raise ScenarioError(f"scenario {scenario.name!r}", problems)
         self.gain = channel_gain(scenario)
         self.codec = Codec(
             space=scenario.decisions,
@@ -216,7 +230,7 @@ class Planner:
         allocation = _certified(allocation)
         return Plan(
             schedule=schedule,
-            demand=self.costs.demand(schedule),
+            demand=demanded(self.costs, schedule),
             allocation=allocation,
             price_of_time_w=price_of_time_w,
             energy_j=float(allocation.energy_j.sum()),
@@ -251,7 +265,7 @@ class Planner:
                 f"number must be a whole number in 0..{len(schedule) - 1}, got {number!r}"
             )
         gains = _gains(gain, len(self.scenario.devices))
-        problem = self.costs.batch(self.costs.demand(schedule).only(int(number)), gains)
+        problem = self.costs.batch(demanded(self.costs, schedule).only(int(number)), gains)
         if price_of_time_w is not None:
             return solve(problem, _at(price_of_time_w), self.scenario.cell.access)
         assert round_s is not None
@@ -269,11 +283,12 @@ class Planner:
             If a device lacks the memory even to train the head alone.
         """
         fitting = self._smaller_until_fit(schedule)
-        if fitting is None:
+        try:
+            demanded(self.costs, fitting)
+        except InfeasibleError as error:
             raise InfeasibleError(
-                "devices.memory_byte is too small on some device to train even the head alone "
-                f"at training.batch_size {self.scenario.training.batch_size}"
-            )
+                f"{error}; nothing asks for less: it trains the head alone"
+            ) from None
         return fitting
 
     def first_generation(self) -> NDArray[np.int64]:
@@ -316,25 +331,16 @@ class Planner:
         return np.array(list(genomes.values())[:population])
 
     def _read(self, schedule: Schedule | str) -> Schedule:
-        if isinstance(schedule, str):
-            return Schedule.parse(schedule, devices=len(self.scenario.devices))
-        if not isinstance(schedule, Schedule):
-            raise DecisionError(f"schedule must be a Schedule or its text, got {schedule!r}")
-        return schedule
+        return as_schedule(schedule, devices=len(self.scenario.devices))
 
     def _problem(self, *schedules: Schedule) -> Batch:
         """Return the allocation problems of all rounds of schedules, one schedule after another."""
-        for schedule in schedules:
-            if len(schedule) > len(self.gain):
-                raise DecisionError(
-                    f"schedule must have at most training.rounds ({len(self.gain)}) rounds, "
-                    f"got {len(schedule)}"
-                )
-        demand = Demand.joined([self.costs.demand(schedule) for schedule in schedules])
+        demand = Demand.joined([demanded(self.costs, schedule) for schedule in schedules])
         gain = np.concatenate([self.gain[: len(schedule)] for schedule in schedules])
         return self.costs.batch(demand, gain)
 
-    def _smaller_until_fit(self, schedule: Schedule) -> Schedule | None:
+    def _smaller_until_fit(self, schedule: Schedule) -> Schedule:
+        """Return the largest that fits; the head alone if nothing does."""
         ranks = sorted(self.scenario.decisions.ranks, reverse=True)
         for frozen in self.codec.boundaries:
             for limit in dict.fromkeys(ranks) if frozen == 0 else ranks[-1:]:
@@ -348,7 +354,24 @@ class Planner:
                 fitting = Schedule(rounds=tuple(smaller[decision] for decision in schedule.rounds))
                 if self.costs.fits(self.costs.demand(fitting)):
                     return fitting.canonical()
-        return None
+        return fitting.canonical()
+
+
+def _misfits(scenario: Scenario, model: Architecture) -> list[str]:
+    """Return in what the model is too small for the scenario."""
+    problems = []
+    length, ranks = longest_sequence(scenario), scenario.decisions.ranks
+    if 0 < model.positions < length:  # 0: no table of positions
+        problems.append(
+            f"model.max_tokens must not exceed the model's table of positions ({model.positions}), "
+            f"got {length}"
+        )
+    if max(ranks) > model.hidden:
+        problems.append(
+            f"decisions.ranks must not exceed the model's hidden size ({model.hidden}), "
+            f"got {max(ranks)}"
+        )
+    return problems
 
 
 def _one_of(**given: float | None) -> None:

@@ -50,6 +50,26 @@ ROUND_COLUMNS = (
     "diverged",
 )
 
+BEGUN = {"scenario.toml", "resolved.json", "run.json"}
+# What of the tables is read again, and as what; front.csv is made to be opened, and saved, elsewhere.
+TABLES: Mapping[str, Mapping[str, type]] = {
+    "front.csv": dict.fromkeys(
+        (
+            "energy_j",
+            "delay_s",
+            "accuracy",
+            "accuracy_worst_device",
+            "accuracy_chosen_by",
+            "price_of_time_w",
+        ),
+        float,
+    )
+    | {"schedule": str, "knee": bool},
+    "evaluations.parquet": {"key": str, "schedule": str, "rounds": int, "seed": int, "status": str},
+    "rounds.parquet": {"key": str, "round": int, "device": int},
+    "tests.parquet": {"key": str, "device": int, "accuracy_test": float},
+}
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path``, then rename it: readers see all of it or the old one."""
@@ -97,15 +117,20 @@ class RunFolder:
         return self.path / "front.csv"
 
     def open(self, scenario: Scenario, text: str) -> None:
-        """Begin a run here, or take up the one that is here if its scenario is the same."""
+        """Begin a run here, or take up the one that is here.
+
+        Its scenario must be the same, unless nothing was trained for it: then it is replaced.
+        """
         resolved_path = self.path / "resolved.json"
         if resolved_path.is_file():
             difference = _differences(self.scenario(), scenario)
-            if difference:
+            if difference and self._has_results():
                 raise RunError(
                     f"{self.path} holds the run of another scenario (it differs in "
                     f"{', '.join(difference)}); choose another --out, or delete the folder"
                 )
+            if difference:
+                (self.path / "run.json").unlink(missing_ok=True)
         self._check_kind()
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.rglob(".*"):  # of a write that a kill cut short
@@ -177,15 +202,30 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+            table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+            needed = TABLES.get(name, {})
+            missing = [column for column in needed if column not in table]
+            if missing:
+                raise ValueError(f"it lacks the columns {', '.join(missing)}")
+            table = table.astype(dict(needed))
+            if name == "front.csv" and table["knee"].sum() != 1:
+                raise ValueError(f"one row must be the knee, got {table['knee'].sum()}")
         except (ValueError, OSError) as error:
             raise RunError(f"{path} is damaged: {error}") from error
+        return table
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         if name.endswith(".csv"):
             write_atomically(self.path / name, lambda target: table.to_csv(target, index=False))
         else:
             write_atomically(self.path / name, lambda target: table.to_parquet(target, index=False))
+
+    def _has_results(self) -> bool:
+        """Return whether there is more than what is written before anything is trained."""
+        return any(
+            path.is_file() and not path.name.startswith(".") and path.name not in BEGUN
+            for path in self.path.rglob("*")
+        )
 
     def _check_kind(self) -> None:
         """Refuse a path that holds something else than a run."""
@@ -227,8 +267,8 @@ class Journal:
     def __init__(self, evaluator: Evaluator, folder: RunFolder) -> None:
         self._evaluator, self._folder = evaluator, folder
         self._scenario = folder.scenario()
-        self.reused = 0
-        self.trained = 0
+        self.trained: set[str] = set()
+        """Keys of what was trained now, with any seed."""
         evaluations = folder.table("evaluations.parquet")
         rounds = folder.table("rounds.parquet")
         # An evaluation whose rounds are lost is trained again, from its checkpoints; and a kill between
@@ -260,10 +300,9 @@ class Journal:
     def train(self, schedule: Schedule) -> Evaluation:
         key = learning_key(self._scenario, schedule)
         if key in self._known:
-            self.reused += 1
             return self._recall(key, schedule)
         evaluation = self._evaluator.train(schedule)
-        self.trained += 1
+        self.trained.add(key)
         self._append(evaluation)
         return evaluation
 
@@ -277,15 +316,90 @@ class Journal:
 
     def recorded(self) -> list[Evaluation]:
         """Return everything that was trained with this journal's seed, in order."""
-        devices, seed = len(self._scenario.devices), self._scenario.seeds.training
+        seed = self._scenario.seeds.training
         return [
-            self._recall(key, Schedule.parse(row["schedule"], devices=devices))
+            self._recall(key, self._schedule(row))
             for key, row in self._known.items()
             if row["seed"] == seed
         ]
 
     def __len__(self) -> int:
         return len(self._known)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many schedules were trained with this journal's seed, and how many with others.
+
+        What was trained on from a cut of a schedule is one with it.
+        """
+        texts = {(row["seed"], row["schedule"]) for row in self._known.values()}
+        cuts = {(row["seed"], cut) for row in self._known.values() for cut in self._cuts(row)[:-1]}
+        own = sum(int(seed) == self._scenario.seeds.training for seed, _ in texts - cuts)
+        return own, len(texts - cuts) - own
+
+    @property
+    def searched(self) -> int:
+        """What ``trainings`` a search needs to go through all that one has trained here.
+
+        It counts rounds as :func:`pwff_opt.pareto.pareto_front` does: those that schedules share once.
+        """
+        spent: set[str] = set()
+        before = 0
+        for row in self._own():
+            cuts = self._cuts(row)
+            if not spent.issuperset(cuts):
+                before = len(spent)
+                spent.update(cuts)
+        return before // self._scenario.training.rounds + 1 if spent else 0
+
+    @property
+    def outdated(self) -> int:
+        """How many of this journal's trainings are of other data, model files or trainer than now."""
+        seed = self._scenario.seeds.training
+        tried = [row for row in self._evaluations if row["seed"] == seed]
+        return len(tried) - len(self._own())
+
+    def require(self, schedule: Schedule) -> None:
+        """Refuse a schedule that is neither trained nor the beginning of one that is.
+
+        Raises
+        ------
+        RunError
+            It was not trained, or on files that have changed since.
+        """
+        seed = self._scenario.seeds.training
+        if not any(
+            row["status"] == "done" and str(schedule) in self._cuts(row) for row in self._own()
+        ):
+            before = any(
+                row["seed"] == seed and str(schedule) in self._cuts(row)
+                for row in self._known.values()
+            )
+            raise RunError(
+                f"{self._folder.path} must hold a training of {schedule}: "
+                + (
+                    "it has one, but the files of its data or model, or the trainer, have changed since"
+                    if before
+                    else "it has none; front.csv names schedules that it has"
+                )
+            )
+
+    def _own(self) -> list[dict[str, Any]]:
+        """Return what was tried with this journal's seed, as it would be tried now."""
+        return [
+            row
+            for row in self._evaluations
+            if row["seed"] == self._scenario.seeds.training
+            and row["key"] == learning_key(self._scenario, self._schedule(row))
+        ]
+
+    def _cuts(self, row: Mapping[str, Any]) -> list[str]:
+        """Return what a training has trained: its schedule after every round."""
+        whole = self._schedule(row)
+        return [str(whole.prefix(number + 1)) for number in range(len(whole))]
+
+    def _schedule(self, row: Mapping[str, Any]) -> Schedule:
+        return Schedule.parse(row["schedule"], devices=len(self._scenario.devices))
 
     def test(self, schedule: Schedule) -> tuple[float, ...]:
         key = learning_key(self._scenario, schedule)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -87,11 +88,15 @@ def parse_scenario(text: str, *, folder: str | Path = ".", source: str = "scenar
             for number, device in enumerate(values["devices"] or ())
             if device is None
         ]
-        problems += [
-            line
-            for line in error.problems
-            if line not in problems and not line.startswith(tuple(unmade))
-        ]
+        broken: list[str] = []
+        for line in error.problems:
+            # One mistake makes one problem: what rests on a value that breaks its own rule says nothing.
+            known = line in problems or line.startswith(tuple(unmade))
+            if not known and not any(
+                re.search(rf"(?<!\S){re.escape(key)} ", line) for key in broken
+            ):
+                problems.append(line)
+                broken.append(line.split(" ")[0])
     except TypeError:  # a required table is missing, reported already
         pass
     if problems:
@@ -133,9 +138,18 @@ def _table(
             values[entry.name] = _convert(
                 document[entry.name], hints[entry.name], f"{where}{entry.name}", problems
             )
-        elif entry.default is MISSING and entry.default_factory is MISSING:
-            problems.append(f"{where}{entry.name} is required, and missing")
+        elif _required(entry):
+            table = hints[entry.name]
+            keys = (
+                [own.name for own in fields(table) if _required(own)] if is_dataclass(table) else []
+            )
+            needs = f"; it needs at least {', '.join(keys)}" if keys else ""
+            problems.append(f"{where}{entry.name} is required, and missing{needs}")
     return values
+
+
+def _required(entry: Field[Any]) -> bool:
+    return entry.default is MISSING and entry.default_factory is MISSING
 
 
 def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:

@@ -7,10 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pwff_opt.costs import Workload
+from pwff_opt.costs import CostModel, Workload
 from pwff_opt.decision import Schedule
 from pwff_opt.errors import DataError, PwffError
-from pwff_opt.evaluation import Evaluation, TrainedRound, learning_key
+from pwff_opt.evaluation import (
+    Evaluation,
+    TrainedRound,
+    as_schedule,
+    demanded,
+    learning_key,
+)
 from pwff_opt.federated.checkpoint import (
     checkpoint_path,
     load_checkpoint,
@@ -32,6 +38,10 @@ class FederatedEvaluator:
     A checkpoint's key is that of the schedule's prefix, so a training that was killed goes on after
     its last round, and one that shares its first rounds with another does not train them again, while
     there is room for checkpoints.
+
+    A schedule may be given as its text. One that does not fit scenario or model is a DecisionError, one
+    that a device lacks the memory for an InfeasibleError; a training that goes wrong is no error, but an
+    evaluation whose ``status`` is "failed".
 
     Parameters
     ----------
@@ -60,6 +70,7 @@ class FederatedEvaluator:
         self._tick, self._worker_count = tick, workers
         self.device_rounds: int = 0 if like is None else like.device_rounds
         self.material: Material = Material.of(scenario, None if like is None else like.material)
+        self._costs = CostModel(scenario, self.material.workload)
         shares = like is not None and like.material.stage.tokens is self.material.stage.tokens
         self.trainer: Trainer = Trainer(
             scenario,
@@ -81,25 +92,30 @@ class FederatedEvaluator:
 
     @property
     def epsilon(self) -> float | None:
-        """Where noise is added, what all rounds spend of a device's privacy as to the shared blocks.
+        """Where noise is added, what all rounds of one training spend of a device's privacy.
 
-        (epsilon, ``aggregation.privacy_delta``); accuracies that are published spend more.
+        The shared blocks are (epsilon, ``aggregation.privacy_delta``)-private, neighbours being data in
+        which all that one device holds is replaced (:func:`pwff_opt.federated.privacy.spent_epsilon`).
+        Further trainings on the same data, and accuracies that are published, spend more.
         """
         return _epsilon(self.scenario)
 
     def with_seed(self, seed: int) -> FederatedEvaluator:
         """Return an evaluator of the same model and data, which it shares, with another training seed."""
         seeds = replace(self.scenario.seeds, training=seed)
-        return FederatedEvaluator(
+        other = FederatedEvaluator(
             replace(self.scenario, seeds=seeds),
             self._folder,
             tick=self._tick,
             workers=self._worker_count,
             like=self,
         )
+        other._costs = self._costs  # other participants may be drawn, but plans are made for these
+        return other
 
-    def train(self, schedule: Schedule) -> Evaluation:
+    def train(self, schedule: Schedule | str) -> Evaluation:
         start = time.perf_counter()
+        schedule = self._possible(schedule)
         key = learning_key(self.scenario, schedule)
         status, reason = "done", ""
         rounds: list[TrainedRound] = []
@@ -116,24 +132,26 @@ class FederatedEvaluator:
             reason=reason,
         )
 
-    def test(self, schedule: Schedule) -> tuple[float, ...]:
+    def test(self, schedule: Schedule | str) -> tuple[float, ...]:
         return tuple(own["accuracy"] for own in self.measures(schedule))
 
-    def model(self, schedule: Schedule, device: int) -> Passes:
+    def model(self, schedule: Schedule | str, device: int) -> Passes:
         """Return passes through one device's model after a schedule."""
+        schedule = self._possible(schedule)
         state, _ = self._trained(schedule)
         return self.trainer.model(state, schedule.rounds[-1], device)
 
-    def measures(self, schedule: Schedule) -> list[dict[str, float]]:
+    def measures(self, schedule: Schedule | str) -> list[dict[str, float]]:
         """Return all that the stage measures of every device's model on its test data, [device]."""
+        schedule = self._possible(schedule)
         state, _ = self._trained(schedule)
         return self.trainer.measures(state, schedule.rounds[-1], "test")
 
-    def save_device(self, schedule: Schedule, device: int, folder: str | Path) -> None:
+    def save_device(self, schedule: Schedule | str, device: int, folder: str | Path) -> None:
         """Write one device's model after a schedule; see :mod:`pwff_opt.federated.export`."""
         if not 0 <= device < len(self.material.shards):
             raise DataError(f"device must be in 0..{len(self.material.shards) - 1}, got {device}")
-        state, _ = self._trained(schedule)
+        state, _ = self._trained(self._possible(schedule))
         save_device_model(
             Path(folder),
             state.devices[device],
@@ -143,6 +161,12 @@ class FederatedEvaluator:
             class_names=self.material.class_names,
             peft=self.scenario.peft,
         )
+
+    def _possible(self, schedule: Schedule | str) -> Schedule:
+        """Return the schedule, if scenario, model and every device's memory allow it."""
+        schedule = as_schedule(schedule, devices=len(self.scenario.devices))
+        demanded(self._costs, schedule)
+        return schedule
 
     def _trained(self, schedule: Schedule) -> tuple[State, list[TrainedRound]]:
         """Return state and learning curve after a schedule, training what no checkpoint holds."""

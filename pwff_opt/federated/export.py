@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from pwff_opt.scenario import Peft
 LORA = "lora"
 BOTTLENECK = "bottleneck"
 INFO = "device.json"
+EXCHANGE = ".exchange"
+"""A folder has it while its parts are exchanged, and after a kill then: it is an export all the same."""
 
 
 def save_device_model(
@@ -50,8 +53,13 @@ def save_device_model(
     left; killed while its parts are exchanged, the folder has no JSON file, and does not load.
 
     ``class_names`` None: a language model with its own head, which stays as it is.
+
+    Raises
+    ------
+    ModelError
+        The folder cannot be made, or holds something else than an export.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
     model = _base(source, class_names)
     info = {
         "model": source,
@@ -59,18 +67,36 @@ def save_device_model(
         "pooling": pooling,
         "pad_token_id": model.config.pad_token_id,
     }
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name, warnings.catch_warnings():
+        # Of peft, about transformers: nothing that whoever saves a model could change.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         new = Path(name)
         lora = _with_lora(model, blocks, family, peft, classifies=class_names is not None)
         lora.save_pretrained(new / LORA)
         _with_bottlenecks(lora.unload(), blocks).save_pretrained(new / BOTTLENECK)
         (new / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        (folder / EXCHANGE).touch()
         (folder / INFO).unlink(missing_ok=True)
         for part in (LORA, BOTTLENECK):
             if (folder / part).exists():
                 shutil.rmtree(folder / part)
             (new / part).rename(folder / part)
         (new / INFO).rename(folder / INFO)
+        (folder / EXCHANGE).unlink()
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder, unless it is there; refuse one with files that are not of an export."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"{folder} must be a folder that can be written: {error}") from error
+    ours = any((folder / name).is_file() for name in (INFO, EXCHANGE))
+    if not ours and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ModelError(
+            f"{folder} must be new, empty or the folder of an older export (with {INFO}), got one with "
+            "other files; choose another"
+        )
 
 
 def _base(source: str, class_names: Sequence[str] | None) -> Any:

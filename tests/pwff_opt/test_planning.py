@@ -5,12 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pwff_opt import Planner, Scenario, Schedule, Workload
-from pwff_opt.errors import DecisionError, InfeasibleError
+from pwff_opt.errors import DecisionError, InfeasibleError, ScenarioError
 from pwff_opt.wireless import rate_bps
 from pwff_solvers.allocation import LeastEnergy, Shortest, Status, solve
 
@@ -233,10 +234,68 @@ def test_schedules_are_made_to_fit_the_memory(small: Scenario) -> None:
     tight = Planner(poor, Workload.padded(small, classes=3))
     assert str(tight.repaired(schedule)) == "3x0:fff"
     devices = tuple(replace(device, memory_byte=0.9 * float(least)) for device in small.devices)
-    with pytest.raises(InfeasibleError, match="memory_byte is too small"):
+    needed = rf"devices\[0\]\.memory_byte must be at least {least:.0f} .*"
+    with pytest.raises(InfeasibleError, match=f"{needed} .*trains the head alone"):
         Planner(replace(small, devices=devices), Workload.padded(small, classes=3)).repaired(
             schedule
         )
+
+
+def test_what_a_device_cannot_hold_is_not_planned(small: Scenario) -> None:
+    schedule = Schedule.parse("1x0:fff 2x4:aaa", devices=3)
+    workload = Workload.padded(small, classes=3)
+    first, *_, need = Planner(small, workload).costs.demand(schedule).memory_byte.max(axis=1)
+
+    def with_memory(limit: float) -> Planner:
+        devices = (*small.devices[:2], replace(small.devices[2], memory_byte=limit))
+        return Planner(replace(small, devices=devices), workload)
+
+    enough = with_memory(float(need))
+    assert enough.plan(schedule, price_of_time_w=1.0).demand.memory_byte.max() == need
+    poor = with_memory(float(0.5 * (first + need)))
+    message = rf"devices\[2\]\.memory_byte must be at least {need:.0f} .*"
+    for ask in (
+        lambda: poor.curve(schedule),
+        lambda: poor.plan(schedule, price_of_time_w=1.0),
+        lambda: poor.plan(str(schedule), delay_max_s=1e6),
+        lambda: poor.reallocate(schedule, 0, poor.gain[0], price_of_time_w=1.0),
+    ):
+        with pytest.raises(InfeasibleError, match=message):
+            ask()
+    poor.plan(schedule.prefix(1), price_of_time_w=1.0)
+
+
+@pytest.mark.parametrize("rule", ["fedit", "ffa", "fedsa", "rolora", "fedex", "hetlora"])
+def test_ranks_that_a_rule_cannot_merge_are_not_planned(small: Scenario, rule: Any) -> None:
+    scenario = replace(small, aggregation=replace(small.aggregation, lora=rule))
+    planner = Planner(scenario, Workload.padded(scenario, classes=3))
+    planner.plan("3x4:faa", price_of_time_w=1.0)
+    if rule == "hetlora":
+        planner.plan("3x4,2,4:faa", price_of_time_w=1.0)
+        return
+    with pytest.raises(DecisionError, match=f"ranks must be common .* {rule!r}.* got 3x4,2,4:faa"):
+        planner.plan("3x4,2,4:faa", price_of_time_w=1.0)
+
+
+def test_a_model_too_small_for_the_scenario_is_refused(small: Scenario) -> None:
+    """The small model has a hidden size of 32 and 64 positions."""
+    least = replace(
+        small,
+        model=replace(small.model, max_tokens=64),
+        decisions=replace(small.decisions, ranks=(0, 32)),
+    )
+    Planner(least, Workload.padded(least, classes=3))
+    more = replace(
+        small,
+        model=replace(small.model, max_tokens=65),
+        decisions=replace(small.decisions, ranks=(0, 33)),
+    )
+    with pytest.raises(ScenarioError) as caught:
+        Planner(more, Workload.padded(more, classes=3))
+    assert caught.value.problems == (
+        "model.max_tokens must not exceed the model's table of positions (64), got 65",
+        "decisions.ranks must not exceed the model's hidden size (32), got 33",
+    )
 
 
 def test_planning_imports_no_torch() -> None:

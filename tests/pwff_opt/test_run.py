@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pwff_opt.errors import RunError
+from pwff_opt.cli import scenario_check
+from pwff_opt.errors import RunError, ScenarioError
+from pwff_opt.figures import _baseline
 from pwff_opt.records import RunFolder, write_atomically
 from pwff_opt.scenario_io import parse_scenario
 
@@ -65,6 +68,12 @@ def test_a_run_leaves_everything_behind(finished: tuple[Path, str], scenario_fil
         assert (out / "figures" / name).stat().st_size > 10_000
         assert name in printed
     assert "knee" in printed
+    own = info["baseline_per_device"]
+    assert (
+        f"always the most common class scores {info['baseline']:.3f}, on every device its own"
+        in printed
+    )
+    assert f"{own:.3f}" in printed
     assert str(out / "front.csv") in printed
 
 
@@ -123,6 +132,16 @@ def test_killed_at_any_moment_it_ends_at_the_same_front(
     assert not one["key"].duplicated().any()
     rounds = pd.read_parquet(out / "rounds.parquet")
     assert rounds.equals(pd.read_parquet(finished[0] / "rounds.parquet"))
+
+
+def test_fewer_trainings_keep_all_there_are(
+    finished: tuple[Path, str], scenario_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "kept"
+    shutil.copytree(finished[0], out)
+    printed = pwff_opt("front", scenario_file, "--out", out, "--trainings", 2, "--confirm", 0)
+    assert f"going by --trainings {TRAININGS} --confirm 0" in printed.stdout
+    assert (out / "front.csv").read_bytes() == (finished[0] / "front.csv").read_bytes()
 
 
 def test_lost_tables_are_made_again_from_checkpoints(
@@ -196,6 +215,10 @@ def test_mistakes_get_one_clear_error(
     assert "device must be in 0..2, got 7" in refused(
         "save-model", out, "--device", 7, "--out", tmp_path / "m"
     )
+    untrained = ("--schedule", "3x4,2,4:fap")
+    assert "must hold a training of 3x4,2,4:fap: it has none" in refused(
+        "save-model", out, "--device", 0, "--out", tmp_path / "m", *untrained
+    )
     assert "must read like" in refused(
         "save-model", out, "--device", 0, "--out", tmp_path / "m", "--schedule", "what"
     )
@@ -263,9 +286,16 @@ def test_a_front_is_confirmed_and_certified(
     schedules = front["schedule"].nunique()
     assert seeds.to_dict() == {1: TRAININGS, 2: schedules, 3: schedules}
     kept = (out / "front.csv").read_bytes()
-    pwff_opt(*command)
+    again = pwff_opt(*command[:-1], 0).stdout
+    assert f"going by --trainings {TRAININGS} --confirm 2" in again
+    fresh = f", and {seeds[2] + seeds[3]} trainings with fresh seeds"
+    if front.groupby("rounds").ngroups == 1:  # else cuts of a training are one with it
+        assert fresh in again
+    assert f"{TRAININGS} schedules are in its journal, and" in again
     assert (out / "front.csv").read_bytes() == kept
-    assert "hypervolume ratio" in pwff_opt("certify", out).stdout
+    certified = pwff_opt("certify", out).stdout
+    assert certified.startswith(f"{TRAININGS} schedules trained in")
+    assert "hypervolume ratio" in certified
     assert "has no workload" in refused("certify", _without_workload(out))
 
 
@@ -274,3 +304,198 @@ def _without_workload(run: Path) -> Path:
     del info["workload"]
     (run / "run.json").write_text(json.dumps(info))
     return run
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("front.csv", "energy_j,delay_s\n1,2\n", "lacks the columns accuracy"),
+        ("front.csv", None, "could not convert"),
+        ("front.csv", "", "No columns"),
+    ],
+)
+def test_a_damaged_front_is_named(
+    finished: tuple[Path, str], tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    out = tmp_path / "damaged"
+    shutil.copytree(finished[0], out, ignore=shutil.ignore_patterns("checkpoints"))
+    if content is None:
+        front = pd.read_csv(out / name)
+        content = front.assign(energy_j="much").to_csv(index=False)
+    (out / name).write_text(content)
+    said = refused("show", out)
+    assert "front.csv is damaged" in said
+    assert message in said
+    no_knee = pd.read_csv(finished[0] / name).assign(knee=False)
+    no_knee.to_csv(out / name, index=False)
+    assert "one row must be the knee, got 0" in refused("show", out)
+
+
+def test_a_run_without_trainings_takes_a_corrected_scenario(
+    tmp_path: Path, small_text: str
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    wrong, right = (small_text.replace("rounds = 3", f"rounds = {n}") for n in (2, 3))
+    folder.open(parse_scenario(wrong), wrong)
+    folder.begin(trainings=4)
+    folder.open(parse_scenario(right), right)
+    assert folder.scenario().training.rounds == 3
+    assert (folder.path / "scenario.toml").read_text() == right
+    assert folder.info() == {}
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "0.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match=r"training\.rounds: 3 there, 2 now"):
+        folder.open(parse_scenario(wrong), wrong)
+
+
+def test_the_harder_baseline_is_drawn() -> None:
+    name = "always the most common class"
+    info = {"baseline": 0.41, "baseline_per_device": 0.533, "baseline_name": name}
+    assert _baseline(info) == (0.533, f"{name}, by device")
+    assert _baseline(info | {"baseline": 0.6}) == (0.6, name)
+    assert _baseline(info | {"baseline_per_device": None}) == (0.41, name)
+    assert _baseline({}) is None
+
+
+# -- a file of one's own ---------------------------------------------------------------------------
+
+OWN = """[data]
+source = "file"
+path = "own.csv"
+domain_column = "shop"
+"""
+
+
+@pytest.fixture
+def own(small_text: str, tmp_path: Path) -> Path:
+    """A scenario beside its CSV file, which has 240 different sentences of three shops in 300 rows."""
+    rows = [
+        {"text": f"{word} {thing} number {n}", "label": label, "shop": f"shop {n % 3}"}
+        for n in range(40)
+        for label, word in (("bad", "awful"), ("good", "lovely"))
+        for thing in ("kettle", "lamp", "chair")
+    ]
+    pd.DataFrame(rows + rows[:60]).to_csv(tmp_path / "own.csv", index=False)
+    path = tmp_path / "own.toml"
+    path.write_text(small_text.replace("[data]\n", OWN))
+    return path
+
+
+def problems_of(path: Path) -> tuple[str, ...]:
+    with pytest.raises(ScenarioError) as caught:
+        scenario_check(str(path))
+    return caught.value.problems
+
+
+def test_check_looks_at_data_and_model_without_torch(own: Path) -> None:
+    code = (
+        "import sys, pwff_opt.cli\n"
+        f"sys.argv = ['pwff-opt', 'scenario', 'check', {str(own)!r}]\n"
+        "try: pwff_opt.cli.app()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "240 different texts out of 300 rows of 'own.csv', of 3 domain(s) and 2 classes (bad, good)"
+        in done.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("path", "gone.csv", "gone.csv"),
+        ("path", "/etc/passwd", "data.path must name a .csv"),
+        ("text_column", "words", "lacks ['words']"),
+        ("label_column", "mood", "lacks ['mood']"),
+        ("domain_column", "town", "lacks ['town']"),
+        ("label_column", "one", "at least 2 classes, got 1"),
+        ("path", "latin.csv", "could not be read"),
+        ("path", "empty.csv", "could not be read"),
+        (
+            "path",
+            "few.csv",
+            "sentences (data.train/validation/test_per_device), got 24; there are 60",
+        ),
+    ],
+)
+def test_check_names_what_no_training_could_begin_with(
+    own: Path, column: str, value: str, said: str
+) -> None:
+    folder, table = own.parent, pd.read_csv(own.parent / "own.csv").assign(one="x")
+    table.to_csv(folder / "own.csv", index=False)
+    table[:60].to_csv(folder / "few.csv", index=False)
+    (folder / "latin.csv").write_bytes("text,label,shop\ncaf\u00e9,good,a\n".encode("latin-1"))
+    (folder / "empty.csv").write_text("")
+    lines = [line for line in own.read_text().splitlines() if not line.startswith(f"{column} =")]
+    text = "\n".join(lines).replace("[data]", f'[data]\n{column} = "{value}"')
+    scenario_check(str(own))
+    own.write_text(text)
+    (problem,) = problems_of(own)
+    assert said in problem
+    # and all at once
+    own.write_text(
+        text.replace("max_tokens = 24", "max_tokens = 999").replace("[0, 2, 4]", "[0, 500]")
+    )
+    problem, length, ranks = problems_of(own)
+    assert said in problem
+    assert length.startswith("model.max_tokens must not exceed")
+    assert ranks.startswith("decisions.ranks must not exceed")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "power_max_w",
+            "memory_byte = 1e5\npower_max_w",
+            "devices[0].memory_byte must be at least",
+        ),
+        ("[model]\n", '[model]\nsource = "./nomodel"\n', "'./nomodel' could not be fetched"),
+    ],
+)
+def test_check_names_a_model_that_is_missing_or_too_large(
+    own: Path, old: str, new: str, said: str
+) -> None:
+    text = own.read_text()
+    if "nomodel" in new:
+        text = "\n".join(line for line in text.splitlines() if "/model" not in line) + "\n"
+    assert old in text
+    own.write_text(text.replace(old, new, 1))
+    (problem,) = problems_of(own)
+    assert said in problem
+
+
+def test_a_run_on_data_that_change(own: Path) -> None:
+    """What is told counts schedules, whatever stops early; and no model of other data is given out."""
+    text = own.read_text().replace("[search]", "[search]\nstop_early = true")
+    own.write_text(text + "[aggregation]\nclip_norm = 1.0\nnoise_multiplier = 1.0\n")
+    out, model = own.parent / "run", own.parent / "m"
+    command = ["front", own, "--out", out, "--trainings", 2, "--confirm", 1]
+    printed = pwff_opt(*command).stdout
+    evaluations = pd.read_parquet(out / "evaluations.parquet").query("seed == 1")
+    rows = list(evaluations["schedule"])
+    assert len(rows) > 2  # a row a cut
+    found = re.search(r"(\d+) schedules trained \((\d+) now, 0 from the journal\)", printed)
+    assert found is not None
+    assert found[1] == found[2]
+    assert int(found[1]) < len(rows)
+    assert "nan" not in printed
+    assert "one fresh seed says nothing of errors" in printed
+    assert "private as to all data of one device, replaced by another's" in printed
+    assert f"{found[1]} schedules are in its journal" in pwff_opt(*command).stdout
+    cut = ("--schedule", rows[0])
+    saved = pwff_opt("save-model", out, "--device", 0, "--out", model, *cut)
+    assert "Warning" not in saved.stderr
+    assert "must be new, empty" in refused("save-model", out, "--device", 0, "--out", own.parent)
+    file = own.parent / "own.csv"
+    file.write_text(file.read_text().replace("lovely", "splendid"))
+    before = sorted(path.stat().st_mtime_ns for path in model.rglob("*"))
+    message = refused("save-model", out, "--device", 0, "--out", model, *cut)
+    assert "have changed since" in message
+    assert sorted(path.stat().st_mtime_ns for path in model.rglob("*")) == before
+    again = pwff_opt(*command).stdout
+    assert f"{len(rows)} trainings in the journal do not count" in again
+    assert f"({found[1]} now, 0 from the journal)" in again

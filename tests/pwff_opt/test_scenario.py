@@ -237,3 +237,22 @@ def test_a_mistake_is_one_problem(small_text: str, old: str, new: str, problem: 
         parse_scenario(small_text.replace(old, new))
     assert len(caught.value.problems) == 1
     assert caught.value.problems[0].startswith(problem)
+
+
+def test_a_missing_table_tells_the_keys_it_needs() -> None:
+    text = "[devices]" + GOOD.split("[devices]")[1]
+    keys = "bandwidth_hz, downlink_bandwidth_hz, downlink_power_w"
+    assert problems_of(text) == (f"cell is required, and missing; it needs at least {keys}",)
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ('[data]\nsource = "fil"\npath = "x.csv"\n', "data.source must be one of 'hutto'"),
+        ("[training]\nlocal_steps = true\n", "training.local_steps must be a whole number"),
+        ("[training]\nrounds = 0\n", "training.rounds must be greater than 0"),
+    ],
+)
+def test_what_rests_on_a_mistake_is_no_other_mistake(text: str, start: str) -> None:
+    (problem,) = problems_of(GOOD + text)
+    assert problem.startswith(start)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pwff_opt.decision import Schedule
-from pwff_opt.errors import DataError, ModelError
+from pwff_opt.errors import DataError, DecisionError, InfeasibleError, ModelError
 from pwff_opt.evaluation import learning_key
 from pwff_opt.federated import export
 from pwff_opt.federated.adapters import pool_by_mean
@@ -150,9 +150,56 @@ def test_bad_requests_are_refused(small: Scenario, tmp_path: Path) -> None:
         evaluator.save_device(Schedule.parse("1x0:fff", devices=3), 3, tmp_path / "x")
     with pytest.raises(ModelError, match="must hold a device model"):
         load_device_model(tmp_path / "none")
+    mine = tmp_path / "mine"
+    for name in ("lora", "thesis"):
+        (mine / name).mkdir(parents=True)
+        (mine / name / "notes.txt").write_text("mine")
+    for place, message in (
+        (mine, "must be new, empty or the folder of an older export"),
+        (mine / "lora" / "notes.txt", "must be a folder that can be written"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            evaluator.save_device("1x0:fff", 0, place)
+    assert sorted(path.name for path in mine.rglob("*.*")) == ["notes.txt", "notes.txt"]
     lost = replace(small, model=replace(small.model, source=str(tmp_path / "no-model")))
     with pytest.raises(ModelError, match="no-model"):
         FederatedEvaluator(lost, tmp_path)
+
+
+def test_what_cannot_be_trained_is_an_error_and_no_evaluation(
+    small: Scenario, tmp_path: Path
+) -> None:
+    averaged = replace(small, aggregation=replace(small.aggregation, lora="fedit"))
+    evaluator = FederatedEvaluator(averaged, tmp_path / "a")
+    assert evaluator.train("1x2:ffa").schedule == Schedule.parse("1x2:ffa", devices=3)
+    for text, message in {
+        "4x2:ffa": r"at most training.rounds \(3\) rounds, got 4",
+        "3x4,2,4:ffa": "ranks must be common to all devices for aggregation.lora 'fedit'",
+        "3x2:ffaa": "must give 3 layers a state, got 4",
+    }.items():
+        with pytest.raises(DecisionError, match=message):
+            evaluator.train(text)
+    with pytest.raises(DecisionError, match="must be a Schedule or its text, got 7"):
+        evaluator.train(7)  # type: ignore[arg-type]
+    need = float(evaluator._costs.demand(Schedule.parse("3x4:aaa", devices=3)).memory_byte.max())
+    devices = (
+        small.devices[0],
+        replace(small.devices[1], memory_byte=0.9 * need),
+        small.devices[2],
+    )
+    poor = FederatedEvaluator(replace(small, devices=devices), tmp_path / "b", like=evaluator)
+    for one in (poor, poor.with_seed(7)):
+        for ask in (
+            one.train,
+            one.test,
+            lambda text, it=one: it.save_device(text, 0, tmp_path / "c"),
+        ):
+            with pytest.raises(
+                InfeasibleError, match=rf"devices\[1\]\.memory_byte must be at least {need:.0f} "
+            ):
+                ask("3x4:aaa")
+    assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("moment", ["_with_bottlenecks", "rename"])
