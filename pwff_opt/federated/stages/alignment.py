@@ -255,7 +255,7 @@ class SampledAnswers(Aligned):
     For every prompt several answers are drawn; an answer's advantage on an axis is its reward less the
     mean of its group, over the group's standard deviation (GRPO, Shao et al. 2024, arXiv 2402.03300). With
     :math:`\rho_t` the ratio of a token's probability now to that when it was drawn, and :math:`q_t` that of
-    the reference to now, an answer's loss on axis o is
+    the reference to now, all at the temperature of the draw, an answer's loss on axis o is
 
     .. math:: -\frac{1}{T} \sum_t \Big[\min\big(\rho_t A_o,\;
               \mathrm{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) A_o\big)
@@ -338,7 +338,7 @@ class _Answers:
         settings, answers = self._settings, np.concatenate(batches)
         packed, hidden = passes.own(self.tokens, batches)
         scored = Scored(packed, self._starts[answers])
-        now = scored.log_probabilities(self._backbone, hidden)
+        now = scored.log_probabilities(self._backbone, hidden, settings.temperature)
         places = self.tokens.rows(answers)[scored.rows.cpu().numpy()]
         # The first step's own pass is that by which they were drawn.
         drawn = self._drawn[places].to(now)
@@ -348,7 +348,9 @@ class _Answers:
             base_packed, base = passes.base(self.tokens, answers)
             with torch.inference_mode():
                 found = Scored(base_packed, self._starts[answers])
-                reference = found.log_probabilities(self._backbone, base).cpu()
+                reference = found.log_probabilities(
+                    self._backbone, base, settings.temperature
+                ).cpu()
             self._reference[places] = reference.clone()
         away = self._reference[places].to(now) - now
         divergence = away.exp() - away - 1.0

@@ -79,9 +79,12 @@ class Scored:
         """Return the log-probabilities of what comes next, [row]."""
         return -torch.nn.functional.cross_entropy(logits, self.targets, reduction="none")
 
-    def log_probabilities(self, backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
+    def log_probabilities(
+        self, backbone: Backbone, hidden: torch.Tensor, temperature: float = 1.0
+    ) -> torch.Tensor:
         """Return the log-probabilities of what comes next, [row], of what leaves the last layer."""
-        return self.picked(self.logits(backbone, hidden))
+        logits = self.logits(backbone, hidden)
+        return self.picked(logits if temperature == 1.0 else logits / temperature)
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sums of rows' values over each sequence, [sequence]."""

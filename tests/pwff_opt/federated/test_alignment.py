@@ -141,12 +141,14 @@ def plain(folder: Path, own: Tensors, scale: float = 2.0) -> Any:
     return model
 
 
-def answer_tokens(model: Any, held: Dialogues, sequence: int) -> torch.Tensor:
+def answer_tokens(
+    model: Any, held: Dialogues, sequence: int, temperature: float = 1.0
+) -> torch.Tensor:
     """Return the log-probabilities of an answer's tokens, one sequence at a time."""
     ids = held.tokens.ids[held.tokens.offsets[sequence] : held.tokens.offsets[sequence + 1]]
     text = torch.from_numpy(ids)[None]
     start = int(held.starts[sequence])
-    logs = model(text).logits[0].log_softmax(-1)
+    logs = (model(text).logits[0] / temperature).log_softmax(-1)
     return logs[torch.arange(start - 1, len(ids) - 1), text[0, start:]]
 
 
@@ -208,7 +210,7 @@ def test_sampled_answers_are_learned_from_by_hand(
     scenario: Scenario, folder: Path, made: Made
 ) -> None:
     """Losses and gradients of a second step on the same answers, which have been drawn by another policy."""
-    evaluator = made(variant(scenario, optimiser="grpo", clip=0.05))
+    evaluator = made(variant(scenario, optimiser="grpo", clip=0.02, temperature=1.7))
     stage: Any = evaluator.material.stage
     held, settings = stage._dialogues, stage._settings
     batches = [evaluator.material.shards[k].train[:2] for k in (0, 1)]
@@ -240,16 +242,16 @@ def test_sampled_answers_are_learned_from_by_hand(
         old_model = plain(folder, own)
         new_model = plain(folder, {name: t.detach() for name, t in new.items()})
         for answer in ready[number]:
-            old = answer_tokens(old_model, answers, answer)
-            ref = answer_tokens(reference, answers, answer)
+            old = answer_tokens(old_model, answers, answer, 1.7)
+            ref = answer_tokens(reference, answers, answer, 1.7)
             for axis in range(len(AXES)):
                 advantage = float(lesson._advantages[axis, answer])
                 for losses, now in (
                     (first, old),
-                    (second, answer_tokens(new_model, answers, answer)),
+                    (second, answer_tokens(new_model, answers, answer, 1.7)),
                 ):
                     ratio = (now - old).exp()
-                    clipped = ratio.clamp(0.95, 1.05)
+                    clipped = ratio.clamp(0.98, 1.02)
                     away = ref - now
                     gain = torch.minimum(ratio * advantage, clipped * advantage)
                     cut += int((gain != ratio * advantage).sum())
