@@ -17,7 +17,7 @@ from pwff_opt.costs import CostModel, Demand, Workload
 from pwff_opt.decision import Schedule
 from pwff_opt.errors import DecisionError, InfeasibleError
 from pwff_opt.models import model_source
-from pwff_opt.scenario import AVERAGING, Data, Model, Scenario
+from pwff_opt.scenario import AVERAGING, Data, Scenario
 from pwff_opt.scenario_io import resolved
 
 # Raised whenever the trainer would learn something else from the same scenario and schedule.
@@ -134,12 +134,16 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
     training = dict(everything["training"])
     for irrelevant in ("rounds", "feature_cache_byte", "checkpoint_byte"):
         del training[irrelevant]
-    if _local_model(scenario.model, scenario.folder):
+    models = [scenario.model.source]
+    if _local_model(scenario.model.source, scenario.folder):
         del everything["model"]["source"]
     if scenario.data.source == "file":
         del everything["data"]["path"]
     users = {}
     if scenario.training.stage == "alignment":
+        models.append(scenario.alignment.reward_model)
+        if _local_model(scenario.alignment.reward_model, scenario.folder):
+            del everything["alignment"]["reward_model"]
         users = {
             "alignment": everything["alignment"],
             "helpfulness": [device.helpfulness for device in scenario.devices],
@@ -148,7 +152,7 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
         "trainer": TRAINER_VERSION,
         "model": everything["model"],
         "data": everything["data"],
-        "files": _digest(scenario.model, scenario.data, scenario.folder),
+        "files": _digest(tuple(models), scenario.data, scenario.folder),
         "peft": everything["peft"],
         "training": training,
         "aggregation": everything["aggregation"],
@@ -160,22 +164,18 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _local_model(model: Model, folder: str) -> Path | None:
-    """Return the folder that the model is read from, None if it is packaged or on the hub."""
-    local = Path(folder) / model.source
-    return (
-        local
-        if local.is_dir() and model_source(model.source, folder=folder) == str(local)
-        else None
-    )
+def _local_model(source: str, folder: str) -> Path | None:
+    """Return the folder that a model is read from, None if it is packaged or on the hub."""
+    local = Path(folder) / source
+    return local if local.is_dir() and model_source(source, folder=folder) == str(local) else None
 
 
 @cache
-def _digest(model: Model, data: Data, folder: str) -> str:
+def _digest(models: tuple[str, ...], data: Data, folder: str) -> str:
     """Return a digest of the local files that a scenario names, "" if it names none."""
-    source = _local_model(model, folder)
+    local = [found for source in models if (found := _local_model(source, folder))]
     # Every file: what a tokenizer reads has no one ending (tokenizer.model, merges.txt, ...).
-    paths = sorted(source.iterdir()) if source else []
+    paths = [path for found in local for path in sorted(found.iterdir())]
     if data.source == "file":
         file = Path(folder) / data.path
         paths += sorted(file.rglob("*")) if file.is_dir() else [file]

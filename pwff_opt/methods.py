@@ -3,11 +3,10 @@
 A :class:`Method` overrides ``[peft]`` and ``[aggregation]`` of a scenario and gives the schedule its
 shape, the same decision in every round::
 
-    from pwff_opt.methods import METHODS, apply, schedule
+    from pwff_opt.methods import apply, schedule
 
-    method = METHODS["feddpa"]
-    changed = apply(scenario, method)
-    trained = evaluator(changed).train(schedule(changed, method, depth=3))
+    changed = apply(scenario, "feddpa")
+    trained = evaluator(changed).train(schedule(changed, "feddpa", depth=3))
 
 What a method leaves out is the scenario's: width of the adapters, scaling of the LoRA, type of the
 uploads, everything in ``[training]``. With adapters of width 16 and hidden size 384, an adapter has
@@ -110,12 +109,28 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
-def apply(scenario: Scenario, method: Method) -> Scenario:
-    """Return the scenario as the method has it.
+def named(method: Method | str) -> Method:
+    """Return a method by its name, or as it is.
+
+    Raises
+    ------
+    DecisionError
+        If there is none of that name.
+    """
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise DecisionError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    return METHODS[method]
+
+
+def apply(scenario: Scenario, method: Method | str) -> Scenario:
+    """Return the scenario as the method, or the one of this name, has it.
 
     The method's ranks are added to ``decisions.ranks`` where they are not in it, and ``rank_scope`` becomes
     what they need: most rules forbid ranks that differ.
     """
+    method = named(method)
     space = scenario.decisions
     missing = tuple(sorted(set(method.ranks) - set(space.ranks)))
     return replace(
@@ -130,7 +145,7 @@ def apply(scenario: Scenario, method: Method) -> Scenario:
     )
 
 
-def schedule(scenario: Scenario, method: Method, depth: int) -> Schedule:
+def schedule(scenario: Scenario, method: Method | str, depth: int) -> Schedule:
     """Return the method's schedule: the upper ``depth`` layers trained in all rounds.
 
     Raises
@@ -138,6 +153,7 @@ def schedule(scenario: Scenario, method: Method, depth: int) -> Schedule:
     DecisionError
         If the model has fewer layers than ``depth``, or it is less than 1.
     """
+    method = named(method)
     source = model_source(scenario.model.source, folder=scenario.folder)
     # The number of layers does not depend on that of the classes.
     layers = Architecture.from_config(model_config(source), classes=2).layers

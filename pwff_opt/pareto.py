@@ -119,8 +119,8 @@ def pareto_front(
     executor : concurrent.futures.Executor
         Where the evaluator trains and tests: a pool of threads for one that talks to other machines,
         dask's ``client.get_executor()``, and so on; in this thread if not given. Several workers then
-        use the evaluator at once: it must bear that (the journal of a run folder does not), and one
-        worker must find what another has trained.
+        use the evaluator at once: it must bear that (the trainer of this machine uses its cores by
+        itself, and does not), and one worker must find what another has trained.
     batch : int
         How many schedules are chosen at a time, to be trained side by side. The front depends on it,
         since a choice then knows less, but not on which training is done first.
@@ -130,10 +130,13 @@ def pareto_front(
     InfeasibleError
         If nothing that was trained meets the scenario's thresholds.
     """
-    if trainings < 1:
-        raise DecisionError(f"trainings must be at least 1, got {trainings}")
-    if batch < 1:
-        raise DecisionError(f"batch must be at least 1, got {batch}")
+    for name, value, least in (
+        ("trainings", trainings, 1),
+        ("confirm", confirm, 0),
+        ("batch", batch, 1),
+    ):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+            raise DecisionError(f"{name} must be a whole number of at least {least}, got {value!r}")
     executor = executor or _Here()
     planner = Planner(scenario, evaluator.workload)
     searcher = SEARCHERS[scenario.search.method](planner)
@@ -264,7 +267,25 @@ def _tried_twice(schedule: Schedule, evaluator: Evaluator) -> Evaluation:
 
 
 def _checked(evaluation: Evaluation) -> Evaluation:
-    """Return the evaluation, failed if it has an accuracy that is none."""
+    """Return the evaluation, failed if it has an accuracy that is none.
+
+    Raises
+    ------
+    DecisionError
+        If it is not one of the whole schedule and of all devices: its evaluator is at fault.
+    """
+    schedule, devices = evaluation.schedule, len(evaluation.schedule.rounds[0].ranks)
+    if evaluation.status == "done" and len(evaluation.rounds) != len(schedule):
+        raise DecisionError(
+            f"evaluator.train must return {len(schedule)} rounds for {schedule}, "
+            f"got {len(evaluation.rounds)}"
+        )
+    for entry in evaluation.rounds:
+        if len(entry.accuracy) not in (0, devices):
+            raise DecisionError(
+                f"evaluator.train must return no accuracy or one a device ({devices}) for a round, "
+                f"got {len(entry.accuracy)}"
+            )
     accuracies = [value for entry in evaluation.rounds for value in entry.accuracy]
     if all(0.0 <= value <= 1.0 for value in accuracies):  # NaN is not
         return evaluation

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -266,6 +267,8 @@ class Journal:
 
     def __init__(self, evaluator: Evaluator, folder: RunFolder) -> None:
         self._evaluator, self._folder = evaluator, folder
+        # Several threads may train at once, with other seeds too: the tables are written by one.
+        self._lock = threading.Lock()
         self._scenario = folder.scenario()
         self.trained: set[str] = set()
         """Keys of what was trained now, with any seed."""
@@ -302,8 +305,9 @@ class Journal:
         if key in self._known:
             return self._recall(key, schedule)
         evaluation = self._evaluator.train(schedule)
-        self.trained.add(key)
-        self._append(evaluation)
+        with self._lock:
+            self.trained.add(key)
+            self._append(evaluation)
         return evaluation
 
     def with_seed(self, seed: int) -> Journal:
@@ -404,13 +408,15 @@ class Journal:
     def test(self, schedule: Schedule) -> tuple[float, ...]:
         key = learning_key(self._scenario, schedule)
         if key not in self._tests:
-            self._tests[key] = self._evaluator.test(schedule)
-            rows = [
-                {"key": known, "device": device, "accuracy_test": accuracy}
-                for known, scores in self._tests.items()
-                for device, accuracy in enumerate(scores)
-            ]
-            self._folder.write_table("tests.parquet", pd.DataFrame(rows))
+            found = self._evaluator.test(schedule)
+            with self._lock:
+                self._tests[key] = found
+                rows = [
+                    {"key": known, "device": device, "accuracy_test": accuracy}
+                    for known, scores in self._tests.items()
+                    for device, accuracy in enumerate(scores)
+                ]
+                self._folder.write_table("tests.parquet", pd.DataFrame(rows))
         return self._tests[key]
 
     def _append(self, evaluation: Evaluation) -> None:

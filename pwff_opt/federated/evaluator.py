@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pwff_opt.costs import CostModel, Workload
 from pwff_opt.decision import Schedule
-from pwff_opt.errors import DataError, PwffError
+from pwff_opt.errors import DataError, DecisionError, PwffError
 from pwff_opt.evaluation import (
     Evaluation,
     TrainedRound,
@@ -121,6 +121,8 @@ class FederatedEvaluator:
         rounds: list[TrainedRound] = []
         try:
             _, rounds = self._trained(schedule)
+        except DecisionError:
+            raise  # the caller's mistake, no matter of training
         except (PwffError, RuntimeError) as error:  # torch raises RuntimeError, out of memory too
             status, reason = "failed", str(error)
         return Evaluation(

@@ -142,3 +142,10 @@ def test_the_key_of_a_training_is_that_of_what_it_reads(small: Scenario, tmp_pat
             keys.append(key(local.with_name(f"{number}.{name}"), str(local)))
     assert keys[:3] == keys[3:]
     assert len(set(keys)) == 3
+
+
+def test_methods_go_by_their_names(small: Scenario) -> None:
+    assert apply(small, "feddpa") == apply(small, METHODS["feddpa"])
+    assert schedule(small, "pwff", 2) == schedule(small, METHODS["pwff"], 2)
+    with pytest.raises(DecisionError, match=r"method must be one of pwff, .* got 'fedprox'"):
+        apply(small, "fedprox")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -260,7 +261,7 @@ def test_fronts_do_not_depend_on_which_training_is_done_first(
 def test_a_batch_is_as_large_as_the_budget(small: Scenario) -> None:
     front = pareto_front(small, Formula(small), trainings=10, batch=4)
     assert len(front.evaluations) == 10
-    with pytest.raises(DecisionError, match="batch must be at least 1, got 0"):
+    with pytest.raises(DecisionError, match="batch must be a whole number of at least 1, got 0"):
         pareto_front(small, Formula(small), trainings=10, batch=0)
 
 
@@ -337,3 +338,33 @@ def test_what_errs_together_is_told_apart(small: Scenario) -> None:
         )  # fmt: skip
     assert kept["together"] > 0.98
     assert kept["alone"] < 0.95
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"trainings": 2.5}, r"trainings must be a whole number of at least 1, got 2\.5"),
+        ({"trainings": 0}, "trainings must be .* at least 1, got 0"),
+        ({"trainings": 2, "confirm": -1}, "confirm must be .* at least 0, got -1"),
+        ({"trainings": 2, "batch": True}, "batch must be .* got True"),
+    ],
+)
+def test_numbers_must_be_whole(small: Scenario, arguments: dict[str, Any], problem: str) -> None:
+    with pytest.raises(DecisionError, match=problem):
+        pareto_front(small, Formula(small), **arguments)
+
+
+def test_an_evaluator_that_returns_too_little_is_told_so(small: Scenario) -> None:
+    class Short(Formula):
+        def train(self, schedule: Schedule) -> Evaluation:
+            done = super().train(schedule)
+            return replace(done, rounds=done.rounds[:1])
+
+    class Few(Formula):
+        def _accuracy(self, schedule: Schedule) -> tuple[float, ...]:
+            return super()._accuracy(schedule)[:2]
+
+    with pytest.raises(DecisionError, match=r"must return 3 rounds for .*, got 1"):
+        pareto_front(small, Short(small), trainings=2)
+    with pytest.raises(DecisionError, match=r"one a device \(3\) for a round, got 2"):
+        pareto_front(small, Few(small), trainings=2)

@@ -20,6 +20,7 @@ from plain_adapters import attach_adapters
 
 from pwff_opt.costs import CostModel
 from pwff_opt.decision import RoundDecision, Schedule
+from pwff_opt.errors import DecisionError
 from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
 from pwff_opt.federated.backbone import Backbone, load_classifier, lora_config
 from pwff_opt.federated.blocks import Tensors, fresh_lora, lora_scale, resize_lora
@@ -436,8 +437,9 @@ def test_only_those_drawn_take_part(small: Scenario, tmp_path: Path) -> None:
 
 
 def test_unknown_ranks_are_refused(small: Scenario, tmp_path: Path) -> None:
-    evaluation = FederatedEvaluator(small, tmp_path).train(Schedule.parse("1x16:fpa", devices=3))
-    assert "must be one of decisions.ranks (2, 4) or 0, got 16" in evaluation.reason
+    evaluator = FederatedEvaluator(small, tmp_path)
+    with pytest.raises(DecisionError, match=r"one of decisions\.ranks \(2, 4\) or 0, got 16"):
+        evaluator.train("1x16:fpa")
 
 
 @pytest.mark.parametrize(("old", "new"), [(2, 4), (2, 2), (4, 2), (8, 1)])
