@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 import fig_alignment as figure
 import run_alignment as study
 
-VARIANTS = ("pwff", "single", "sampled", "fedavg")
+VARIANTS = ("pwff", "sampled", "fedavg")
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,12 @@ def base(tmp_path_factory, small_model):
 @pytest.fixture(scope="module")
 def results(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "alignment"
-    return out, *study.run(base, out, variants=VARIANTS, seeds=2)
+    return out, *study.run(base, out, variants=VARIANTS, seeds=1)
 
 
 def test_a_row_for_every_variant_seed_and_device(results):
     _, rows, table = results
-    assert len(rows) == len(VARIANTS) * 2 * 2
+    assert len(rows) == len(VARIANTS) * 2
     assert list(table.index) == list(VARIANTS)
     assert not rows.isna().any().any()
     own, others = rows["liking"], rows["liking_of_others"]
@@ -107,7 +107,7 @@ def test_nothing_is_trained_twice(base, results, monkeypatch):
     out, rows, _ = results
     written = (out / "alignment.csv").read_bytes()
     monkeypatch.setattr(FederatedEvaluator, "train", None)
-    again, _ = study.run(base, out, variants=VARIANTS, seeds=2)
+    again, _ = study.run(base, out, variants=VARIANTS, seeds=1)
     assert (out / "alignment.csv").read_bytes() == written
     assert len(again) == len(rows)
 
@@ -115,10 +115,10 @@ def test_nothing_is_trained_twice(base, results, monkeypatch):
 def test_what_a_kill_left_is_gone_on_with(base, results, tmp_path):
     """A table that lacks its last rows comes to the same end."""
     _, rows, _ = results
-    lost = rows[~((rows["variant"] == "sampled") & (rows["seed"] == 2))]
+    lost = rows[rows["variant"] != "fedavg"]
     (tmp_path / "run").mkdir()
     lost.to_csv(tmp_path / "run" / "alignment.csv", index=False)
-    again, _ = study.run(base, tmp_path / "run", variants=VARIANTS, seeds=2)
+    again, _ = study.run(base, tmp_path / "run", variants=VARIANTS, seeds=1)
     key = ["variant", "seed", "device"]
     old, new = (t.sort_values(key, ignore_index=True).drop(columns="wall_s") for t in (rows, again))
     pd.testing.assert_frame_equal(old, new[old.columns], check_exact=False, rtol=1e-6)
