@@ -88,7 +88,12 @@ def _ends(axis: Any, rows: pd.DataFrame) -> None:
             )  # fmt: skip
     axis.set_xlabel("reward of helpfulness (log-odds)")
     axis.set_ylabel("reward of safety (log-odds)")
-    axis.legend(loc="best", handletextpad=0.3)
+    # What filled and open mean, once.
+    axis.plot([], [], "o", color=GREY, mfc=GREY, label="helpful users")
+    axis.plot([], [], "o", color=GREY, mfc="white", label="safe users")
+    axis.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, handletextpad=0.2, columnspacing=0.8
+    )
 
 
 def _likings(axis: Any, rows: pd.DataFrame) -> None:
@@ -96,19 +101,19 @@ def _likings(axis: Any, rows: pd.DataFrame) -> None:
     by_seed = rows.groupby(["variant", "seed"])[["liking", "liking_of_others"]].mean()
     place = np.arange(len(names))[::-1]
     for column, marker, fill, label in (
-        ("liking", "o", BLUE, "the device's own user"),
-        ("liking_of_others", "o", "white", "a user of the opposite weights"),
+        ("liking", "o", BLUE, "own user"),
+        ("liking_of_others", "o", "white", "opposite user"),
     ):
         mean = by_seed[column].groupby("variant").mean()[names]
         error = by_seed[column].groupby("variant").sem()[names].fillna(0.0)
         axis.errorbar(
             mean, place, xerr=error, fmt=marker, color=BLUE, mfc=fill, ms=5, capsize=2, lw=0.9, label=label
         )  # fmt: skip
-    axis.axvline(0.5, color=BLACK, lw=0.7, ls=":", label="the reference model")
+    axis.axvline(0.5, color=BLACK, lw=0.7, ls=":", label="reference model")
     axis.set_yticks(place, [TITLES[name] for name in names])
     axis.set_ylim(-0.6, len(names) - 0.4)
-    axis.set_xlabel("probability that answers are preferred to the reference's")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, handletextpad=0.3)
+    axis.set_xlabel("probability of beating the reference")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, handletextpad=0.3)
 
 
 def main() -> None:
