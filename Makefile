@@ -72,7 +72,7 @@ methods: $(READY)  ## aggregation rules and baselines on four data sets, a table
 	$(BIN)/python studies/fig_methods.py runs/methods
 
 alignment: $(READY)  ## align SmolLM2 on six devices with opposite users, a table and a figure (minutes; can be killed)
-	$(BIN)/python studies/run_alignment.py --out runs/alignment --variants pwff fedavg local
+	$(BIN)/python studies/run_alignment.py --out runs/alignment --variants pwff sampled fedavg local
 	$(BIN)/python studies/fig_alignment.py runs/alignment
 
 ablations: $(READY)  ## the same with every variant and three seeds (hours; can be killed)

@@ -24,24 +24,33 @@ from pwff_opt.errors import RunError
 from pwff_opt.records import write_atomically
 
 TWO_COLUMNS_IN = 7.16
-BLUE, ORANGE, GREEN, BLACK, GREY = "#0072b2", "#d55e00", "#009e73", "#000000", "0.6"
+BLUE, ORANGE, GREEN, PURPLE, BLACK, GREY = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#000000",
+    "0.6",
+)
 # marker, colour: of the variants on the left
 MARKS = {
     "pwff": ("o", BLUE),
     "fedavg": ("s", BLACK),
     "local": ("^", ORANGE),
     "no-person": ("D", GREEN),
+    "sampled": ("v", PURPLE),
 }
 TITLES = {
-    "pwff": "PWFF",
+    "pwff": "PWFF, pairs (MODPO)",
     "no-person": "no user's weights",
     "no-reconcile": "weighted sum",
     "mgda": "MGDA",
     "no-partial": "all layers averaged",
     "single": "one reward",
     "dpo": "DPO, no margin",
-    "sampled": "sampled (GRPO)",
+    "sampled": "PWFF, sampled (GRPO)",
     "fedavg": "one model for all",
+    "sampled-fedavg": "one model, sampled",
     "local": "local alone",
 }
 

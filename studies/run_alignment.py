@@ -12,7 +12,7 @@ of whose users care for helpful answers and three for safe ones, from scratch an
 ``single``        helpfulness alone (DPO)
 ``dpo``           two rewards, but no margin of the other
 ``sampled``       answers sampled by the device's own model (GRPO)
-``fedavg``        adapters and LoRA averaged: one model for all
+``fedavg``        adapters and LoRA averaged: one model for all; ``sampled-fedavg`` by sampled answers
 ``local``         nothing is sent
 
 What is measured, on the test prompts of all devices together: ``reward_AXIS``, the mean reward of a device's
@@ -105,6 +105,9 @@ VARIANTS: Mapping[str, Variant] = {
     "dpo": Variant(alignment={"optimiser": "dpo"}),
     "sampled": Variant(alignment={"optimiser": "grpo"}),
     "fedavg": Variant(letters="aa", aggregation={"lora": "fedit"}),
+    "sampled-fedavg": Variant(
+        letters="aa", aggregation={"lora": "fedit"}, alignment={"optimiser": "grpo"}
+    ),
     "local": Variant(letters="pp"),
 }
 
