@@ -40,8 +40,8 @@ class TrainedRound:
     """Devices whose loss or blocks did not stay finite, on the air in half precision too: left out of the
     averages, their round undone."""
     notes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """What else a stage has to tell, [device] each, NaN where there is nothing: of the local steps, or
-    measured on validation data."""
+    """What else there is to tell, [device] each, NaN where there is nothing: of the local steps; "drift",
+    the distance of what was uploaded from what aggregation made of it; measured on validation data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -175,7 +175,11 @@ class Trainer:
         validated = not marks or number + 1 in marks
         measured = self.measures(new, decision, "validation") if validated else []
         noted = [
-            {**(trained[k].notes if k in trained else {}), **(measured[k] if measured else {})}
+            {
+                **(trained[k].notes if k in trained else {}),
+                **_drift(after[k], new.devices[k], exchange.sends, finite.get(k, False)),
+                **(measured[k] if measured else {}),
+            }
             for k in range(len(before))
         ]
         report = TrainedRound(
@@ -388,3 +392,20 @@ def _by_name(noted: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...
     """Return the notes of all devices, [device] each; NaN where a device has none."""
     names = sorted({name for own in noted for name in own if name != "accuracy"})
     return {name: tuple(own.get(name, math.nan) for own in noted) for name in names}
+
+
+def _drift(
+    learned: Tensors, received: Tensors, sends: Callable[[str], bool], took_part: bool
+) -> dict[str, float]:
+    """Return how far a device's uploaded blocks were from what aggregation made of them.
+
+    The Euclidean distance; nothing where no block is sent and received in one and the same shape.
+    """
+    both = [
+        (tensor, received[name])
+        for name, tensor in learned.items()
+        if sends(name) and name in received and received[name].shape == tensor.shape
+    ]
+    if not took_part or not both:
+        return {}
+    return {"drift": math.sqrt(sum(float((a - b).double().square().sum()) for a, b in both))}

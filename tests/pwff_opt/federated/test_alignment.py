@@ -17,6 +17,7 @@ from pwff_opt.decision import Schedule
 from pwff_opt.federated.backbone import Stack
 from pwff_opt.federated.blocks import Tensors
 from pwff_opt.federated.evaluator import FederatedEvaluator
+from pwff_opt.federated.exchange import Exchange
 from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.stages.alignment import AXES, Dialogues, grouped
 from pwff_opt.models import model_source
@@ -320,7 +321,7 @@ def test_rounds_train_and_leave_the_reference_alone(
     last = done.rounds[-1]
     assert len(last.accuracy) == 3
     assert all(0 < value < 1 for value in last.accuracy)
-    told = {"conflict", "stationarity", "weight"}
+    told = {"conflict", "stationarity", "weight", "drift"}
     told |= {f"{what}_{axis}" for what in ("reward", "win", "preferred") for axis in AXES}
     assert set(last.notes) == told
     wishes = [device.helpfulness for device in scenario.devices]
@@ -360,3 +361,24 @@ def test_users_are_part_of_the_key(scenario: Scenario) -> None:
     assert learning_key(replace(unaligned, devices=others), schedule) == learning_key(
         unaligned, schedule
     )
+
+
+def test_drift_is_what_aggregation_takes_back(scenario: Scenario, made: Made) -> None:
+    """By hand, from what devices learned in a round and what they have after it."""
+    evaluator = made(variant(scenario, optimiser="dpo"))
+    trainer = evaluator.trainer
+    (decision,) = Schedule.parse("1x2:fpa", devices=3).rounds
+    state = trainer.initial()
+    before = [
+        trainer._prepared(own, 2, (False, True, True), 0, k) for k, own in enumerate(state.devices)
+    ]
+    exchange = Exchange(trainer.scenario, 0, decision)
+    learned = trainer._local_steps([0, 1, 2], before, decision, exchange, 0)
+    new, report = trainer.round(state, 0, decision, (False, True, True))
+    sent = [name for name in before[0] if name.startswith("adapter.2.")]
+    assert len(sent) == 4
+    for device, own in enumerate(learned):
+        away = [own.blocks[name] - new.devices[device][name] for name in sent]
+        expected = torch.cat([t.flatten() for t in away]).norm()
+        assert report.notes["drift"][device] == pytest.approx(float(expected), rel=1e-5)
+        assert expected > 0
