@@ -256,6 +256,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             "conflict",
             "stationarity",
             "loss_spread",
+            "energy_j",
         ]
     ].mean()
     for axis in AXES:
