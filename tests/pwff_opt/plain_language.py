@@ -214,12 +214,16 @@ def distances(a: Tensors, b: Tensors) -> dict[str, float]:
 
 
 def assert_equals_plain(
-    scenario: Scenario, evaluator: FederatedEvaluator, schedule: Schedule, loss: Loss
+    scenario: Scenario,
+    evaluator: FederatedEvaluator,
+    schedule: Schedule,
+    loss: Loss,
+    bound: float = 1e-5,
 ) -> State:
     """Train by the trainer and plainly; return the trainer's state.
 
     AdamW divides a gradient by its own size, so that the smallest ones, all rounding, count as much as
-    others.  What float32 does not determine is not asked for: the bound is 1e-5, or the distance of
+    others.  What float32 does not determine is not asked for: ``bound`` is 1e-5, or the distance of
     plain training in float32 from the same in float64 where that is larger.
     """
     ours = evaluator.trainer.initial()
@@ -235,5 +239,5 @@ def assert_equals_plain(
         for device in range(len(ours.devices)):
             rounding = distances(plain.devices[device], exact.devices[device])
             for block, error in distances(ours.devices[device], plain.devices[device]).items():
-                assert error <= max(1e-5, rounding[block]), (number, device, block)
+                assert error <= max(bound, rounding[block]), (number, device, block)
     return ours
