@@ -100,7 +100,6 @@ def _classification(scenario: Scenario) -> Material:
     )
     labels = corpus.labels[used]
     backbone = _backbone(scenario, source, classes=len(corpus.class_names))
-    lengths = [tokens.lengths[shard.train].astype(float) for shard in shards]
     return Material(
         source=source,
         backbone=backbone,
@@ -108,8 +107,7 @@ def _classification(scenario: Scenario) -> Material:
         shards=shards,
         workload=Workload(
             classes=len(corpus.class_names),
-            mean_tokens=np.array([own.mean() for own in lengths]),
-            mean_squared_tokens=np.array([(own**2).mean() for own in lengths]),
+            **_lengths(tokens, [shard.train for shard in shards]),
         ),
         summary=_classes_summary(corpus, labels, shards),
         labels=labels,

@@ -38,7 +38,7 @@ class Workers:
         done: Callable[[Item], None] = lambda _: None,
     ) -> list[Result]:
         """Return ``work(item)`` for all items, in order; ``done`` is called after each, in order."""
-        with _one_thread_each(), ThreadPoolExecutor(self.count) as pool:
+        with one_thread_each(), ThreadPoolExecutor(self.count) as pool:
             futures = [pool.submit(work, item) for item in items]
             results = []
             try:
@@ -52,7 +52,8 @@ class Workers:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
+    """Let torch split no product over threads: each is rounded as it is in a worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

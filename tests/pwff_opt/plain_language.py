@@ -22,6 +22,7 @@ from pwff_opt.federated.blocks import Tensors, lora_scale
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.exchange import Exchange, State
 from pwff_opt.federated.tokens import Tokens
+from pwff_opt.federated.workers import one_thread_each
 from pwff_opt.models import model_source
 from pwff_opt.scenario import Scenario
 
@@ -214,30 +215,27 @@ def distances(a: Tensors, b: Tensors) -> dict[str, float]:
 
 
 def assert_equals_plain(
-    scenario: Scenario,
-    evaluator: FederatedEvaluator,
-    schedule: Schedule,
-    loss: Loss,
-    bound: float = 1e-5,
+    scenario: Scenario, evaluator: FederatedEvaluator, schedule: Schedule, loss: Loss
 ) -> State:
-    """Train by the trainer and plainly; return the trainer's state.
+    """Train by the trainer and plainly, both with one thread a product; return the trainer's state.
 
     AdamW divides a gradient by its own size, so that the smallest ones, all rounding, count as much as
-    others.  What float32 does not determine is not asked for: ``bound`` is 1e-5, or the distance of
+    others.  What float32 does not determine is not asked for: the bound is 1e-5, or the distance of
     plain training in float32 from the same in float64 where that is larger.
     """
     ours = evaluator.trainer.initial()
-    for number, (plain, exact) in enumerate(
-        zip(
-            plain_rounds(scenario, evaluator, schedule, loss),
-            plain_rounds(scenario, evaluator, schedule, loss, dtype=torch.float64),
-            strict=True,
-        )
-    ):
-        decision, present = schedule.rounds[number], schedule.present[number]
-        ours, _ = evaluator.trainer.round(ours, number, decision, present)
-        for device in range(len(ours.devices)):
-            rounding = distances(plain.devices[device], exact.devices[device])
-            for block, error in distances(ours.devices[device], plain.devices[device]).items():
-                assert error <= max(bound, rounding[block]), (number, device, block)
+    with one_thread_each():
+        for number, (plain, exact) in enumerate(
+            zip(
+                plain_rounds(scenario, evaluator, schedule, loss),
+                plain_rounds(scenario, evaluator, schedule, loss, dtype=torch.float64),
+                strict=True,
+            )
+        ):
+            decision, present = schedule.rounds[number], schedule.present[number]
+            ours, _ = evaluator.trainer.round(ours, number, decision, present)
+            for device in range(len(ours.devices)):
+                rounding = distances(plain.devices[device], exact.devices[device])
+                for block, error in distances(ours.devices[device], plain.devices[device]).items():
+                    assert error <= max(1e-5, rounding[block]), (number, device, block)
     return ours

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_language import save_decoder
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pwff_opt.decision import Schedule
 from pwff_opt.federated.backbone import Stack
@@ -20,7 +21,6 @@ from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.exchange import Exchange
 from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.stages.alignment import AXES, Dialogues, grouped
-from pwff_opt.models import model_source
 from pwff_opt.scenario import Scenario
 
 PEOPLE = (
@@ -42,22 +42,7 @@ PLACES = ("town", "village", "harbour", "forest", "market", "school")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A causal language model and preference pairs, both small."""
     folder = tmp_path_factory.mktemp("alignment")
-    tokenizer = AutoTokenizer.from_pretrained(model_source("minilm"))
-    tokenizer.eos_token = "[SEP]"
-    tokenizer.save_pretrained(folder / "decoder")
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=30522,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=101,
-        eos_token_id=102,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "decoder")
+    save_decoder(folder / "decoder")
     rows = ["prompt,chosen,rejected,axis"]
     for person in PEOPLE:
         for place in PLACES:
