@@ -45,7 +45,7 @@ def front_figure(folder: RunFolder) -> list[Path]:
         raise RunError(f"{folder.path} has no front to draw; run: pwff-opt front")
     baseline = _baseline(folder.info())
     with as_file(files("pwff_opt") / "pwff.mplstyle") as style, plt.style.context(style):
-        figure, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS_IN, 2.35), layout="constrained")
+        figure, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS_IN, 2.55), layout="constrained")
         for axis, (x, y, colour) in zip(axes, _PANELS, strict=True):
             values = front[colour]
             kind: Any = Normalize if colour == "accuracy" else LogNorm
@@ -83,7 +83,8 @@ def front_figure(folder: RunFolder) -> list[Path]:
             if colour != "accuracy":
                 _plain_ticks(bar.ax.xaxis)
             bar.outline.set_visible(False)
-        axes[1].legend(loc="lower right")
+        # Below all: a baseline's name is longer than a panel has room for.
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         paths = [folder.path / "figures" / f"front.{suffix}" for suffix in ("pdf", "png")]
         for path in paths:
             metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
