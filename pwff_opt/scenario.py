@@ -101,6 +101,10 @@ class Model:
     pooling: Literal["model", "mean"] = "model"
     """What the head sees: the model's own way (BERT's first token, Llama's last), or the mean."""
     max_tokens: Annotated[int, Gt(1)] = 48
+    attention_window: Natural = 0
+    """Sparse attention: a token sees those less than so many away, and the first ones; 0: all tokens."""
+    attention_sinks: Natural = 4
+    """The first tokens, which all see; only where there is a window."""
     system_prompt: str = ""
     """What the chat template is given as the system's message; only where there are prompts."""
 

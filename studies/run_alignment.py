@@ -55,6 +55,7 @@ from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.packages import fetch
 from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.stages import Language
+from pwff_opt.federated.workers import Workers
 from pwff_opt.records import write_atomically
 
 DEPTH, RANK = 6, 8
@@ -149,23 +150,28 @@ class Study:
         general = self._language(evaluator)
         everything = np.arange(len(general.tokens))
         reference = self._reference(evaluator, pooled, general)
-        wall_s = time.perf_counter() - start
-        rows = []
-        for device, given in enumerate(self.base.devices):
+
+        def measures(device: int) -> tuple[dict[str, float], float]:
             with torch.inference_mode():
                 model = evaluator.model(schedule, device)
-                measured = stage.measures(pooled, model)
-                perplexity = general.measures(everything, model)["perplexity"]
+                told = general.measures(everything, model)
+                return stage.measures(pooled, model), told["perplexity"]
+
+        found = Workers(self._workers).map(measures, range(len(self.base.devices)))
+        wall_s = time.perf_counter() - start
+        rows = []
+        for device, (given, own) in enumerate(zip(self.base.devices, found, strict=True)):
+            measured, perplexity = own
             likings = np.array([measured[f"preferred_{axis}"] for axis in AXES])
-            own = np.array([given.helpfulness, 1 - given.helpfulness])
+            wishes = np.array([given.helpfulness, 1 - given.helpfulness])
             rows.append(
                 {
                     "variant": name,
                     "seed": seed,
                     "device": device,
                     "helpfulness": given.helpfulness,
-                    "liking": float(own @ likings),
-                    "liking_of_others": float(own[::-1] @ likings),
+                    "liking": float(wishes @ likings),
+                    "liking_of_others": float(wishes[::-1] @ likings),
                     **{key: value for key, value in measured.items() if key != "accuracy"},
                     "perplexity": perplexity,
                     **reference,

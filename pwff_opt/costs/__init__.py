@@ -18,10 +18,19 @@ from pwff_opt.costs.memory import (
 )
 from pwff_opt.costs.payload import broadcast_payload_bit, uplink_payload_bit
 from pwff_opt.costs.round import CostModel, Demand
-from pwff_opt.costs.stages import LocalStep, Preferences, Rewards, Sampling, Supervised, local_step
-from pwff_opt.costs.workload import Workload
+from pwff_opt.costs.stages import (
+    LocalStep,
+    Preferences,
+    Rewards,
+    Sampling,
+    Supervised,
+    local_step,
+    model_architecture,
+)
+from pwff_opt.costs.workload import MASKED, Workload, attention_span, masked
 
 __all__ = [
+    "MASKED",
     "Architecture",
     "Blocks",
     "CostModel",
@@ -34,12 +43,15 @@ __all__ = [
     "TokenCount",
     "Workload",
     "adapter_parameters",
+    "attention_span",
     "broadcast_payload_bit",
     "forward_flops",
     "forward_memory_byte",
     "head_parameters",
     "local_step",
     "lora_parameters",
+    "masked",
+    "model_architecture",
     "resident_byte",
     "sampling_memory_byte",
     "step_flops",

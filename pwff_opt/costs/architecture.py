@@ -52,8 +52,9 @@ class Architecture:
         Whether the query, key and value, the attention output, and the MLP projections have biases.
     head
         ``"classifier"``: a classification head, trained and not part of the frozen model.
-        ``"language"``: the head that says the next token, without bias, frozen with the model; llama
-        family only.
+        ``"language"``: the head over the vocabulary, frozen with the model: of the llama family it says
+        the next token, without bias; of the bert family a masked one, after a dense layer and a norm,
+        with bias.
     classes
         Outputs of the head; for a language head the vocabulary.
     tied
@@ -66,7 +67,7 @@ class Architecture:
     ------
     ModelError
         A size is not a positive integer, the family is unknown, the query heads do not divide into
-        the key and value heads, or head and family, or head and classes, do not fit.
+        the key and value heads, or head and classes do not fit.
     """
 
     family: Family
@@ -98,10 +99,6 @@ class Architecture:
             )
         if self.head not in ("classifier", "language"):
             raise ModelError(f"head must be 'classifier' or 'language', got {self.head!r}")
-        if self.head == "language" and self.family != "llama":
-            raise ModelError(
-                f"head 'language' needs a model of the llama family, got {self.family!r}"
-            )
         if self.head == "language" and self.classes != self.vocabulary:
             raise ModelError(
                 f"classes must be the vocabulary ({self.vocabulary}) for head 'language', "
@@ -191,7 +188,7 @@ class Architecture:
             head="language" if language else "classifier",
             classes=_size(config, "vocab_size") if classes is None else classes,
             # Absent means untied for llama, mistral and qwen2 alike.
-            tied=language and bool(config.get("tie_word_embeddings", False)),
+            tied=language and bool(config.get("tie_word_embeddings", family == "bert")),
             pooling=pooling,
         )
 
@@ -216,18 +213,21 @@ class Architecture:
 
         ``V``: vocabulary; ``P``: positions; ``Y``: token types; the last :math:`h^2 + h` is BERT's
         pooler (none with mean pooling), the last :math:`h` Llama's final norm; :math:`\lambda`: an
-        untied language head. Equal to the count of the real model.
+        untied language head. BERT's language head has :math:`h^2 + 3h + V + \lambda Vh` in the place of
+        the pooler. Equal to the count of the real model.
         """
         h, a, k, i = self.hidden, self.query_width, self.key_value_width, self.intermediate
+        language = self.head == "language"
+        untied = self.vocabulary * h if language and not self.tied else 0
         attention = 2 * h * (a + k) + self.qkv_bias * (a + 2 * k) + self.output_bias * h
         if self.family == "bert":
             mlp = 2 * h * i + self.mlp_bias * (i + h)
             embeddings = (self.vocabulary + self.positions + self.token_types) * h + 2 * h
-            pooler = h * h + h if self.pooling == "model" else 0
-            return embeddings + self.layers * (attention + mlp + 4 * h) + pooler
+            top = h * h + h if language or self.pooling == "model" else 0
+            top += language * (2 * h + self.vocabulary) + untied
+            return embeddings + self.layers * (attention + mlp + 4 * h) + top
         mlp = 3 * h * i + self.mlp_bias * (2 * i + h)
-        tables = 1 + (self.head == "language" and not self.tied)
-        return tables * self.vocabulary * h + self.layers * (attention + mlp + 2 * h) + h
+        return self.vocabulary * h + self.layers * (attention + mlp + 2 * h) + h + untied
 
 
 def _integer(name: str, value: Any, *, least: int) -> int:

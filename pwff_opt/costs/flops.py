@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,10 +33,11 @@ class TokenCount:
     tokens
         Sum of their lengths :math:`\sum_n S_n`.
     squared_tokens
-        Sum of their squared lengths :math:`\sum_n S_n^2`: how often a token attends to another.
+        How often a token attends to another: the sum of their squared lengths :math:`\sum_n S_n^2`, or
+        less where attention is sparse (:meth:`within`).
     scored
-        Number of tokens :math:`Z` at which a language head says what comes next; a classifier does not
-        look at it.
+        Number of tokens :math:`Z` at which a language head says what comes next, or was masked; a
+        classifier does not look at it.
 
     Each is a number, or an array of one per device.
 
@@ -60,6 +61,21 @@ class TokenCount:
             squared_tokens=sequences * length**2,
             scored=sequences * scored,
         )
+
+    def within(self, span: int | None) -> TokenCount:
+        r"""Return the count under sparse attention, where a token attends to ``span`` at most.
+
+        .. math:: Q' = \min(Q,\; T \cdot \text{span})
+
+        Exact for sequences that are all longer than the span, or none; between, an upper bound of
+        :math:`\sum_n S_n \min(S_n, \text{span})`. None: unchanged.
+        """
+        if span is None:
+            return self
+        tokens: Any = self.tokens
+        fewest: Any = np.minimum(self.squared_tokens, tokens * span)
+        whole = isinstance(self.squared_tokens, int) and isinstance(self.tokens, int)
+        return replace(self, squared_tokens=int(fewest) if whole else fewest)
 
     def sampling(self, answer: int) -> TokenCount:
         r"""Return the count of sampling ``answer`` :math:`= A` tokens after each of these prompts.
@@ -113,7 +129,7 @@ def forward_flops(
     one; :math:`\pi_l`: layer has blocks; :math:`q`: rank of the common LoRA;
     :math:`F_\text{head} = 2N(h^2 + hc)` for BERT (pooler and head see one token a sequence),
     :math:`2Thc` for a Llama classifier (Hugging Face scores every token), :math:`2ZhV` for a
-    language head.
+    language head, and :math:`2Zh^2` for the dense layer that BERT's has.
 
     Parameters
     ----------
@@ -165,7 +181,7 @@ def step_flops(
 
     - head: its weight gradient, :math:`2Nhc` (BERT) or :math:`2Thc` (Llama), but for a language
       head, which is frozen; if any layer is trained, as much again (:math:`2ZhV` for a language
-      head) for its input, and BERT's pooler :math:`2Nh^2`;
+      head) for its input, and BERT's pooler :math:`2Nh^2`, or :math:`2Zh^2` before its language head;
     - layers above :math:`\ell`: the input gradient of every product, i.e. the forward FLOPs again
       with four attention products for two, and the weight gradient of the blocks that are trained;
     - layer :math:`\ell`, whose input needs no gradient: weight gradients of its blocks; input
@@ -249,12 +265,16 @@ class _Work:
         self.half_adapter: Any = half_adapter
         common_lora = 2 * tokens * common * 2 * h + self.common_b
         self.lora: Any = self.lora_a + self.lora_b + common_lora
+        language = architecture.head == "language"
         self.pooler: Any = 0
-        if architecture.pooling == "mean":
+        if language:
+            self.pooler = (
+                2 * count.scored * h * h if bert else 0
+            )  # BERT's dense layer before the head
+        elif architecture.pooling == "mean":
             self.pooler = 2 * tokens * h  # a product of weights [1, token] and [token, hidden]
         elif bert:
             self.pooler = 2 * sequences * h * h
-        language = architecture.head == "language"
         seen: Any = count.scored if language else sequences if bert else tokens
         self.head: Any = 2 * seen * h * architecture.classes
         self.head_weight: Any = 0 if language else self.head

@@ -239,6 +239,8 @@ class _Batch:
     length: int
     sizes: Sizes
     scored_hidden: int
+    moments: int
+    """Mean and deviation of every scored token's norm."""
     logits: int
     given_byte: int
 
@@ -273,6 +275,7 @@ class _Batch:
                 padded=padded,
             ),
             scored_hidden=BYTE * scored * architecture.hidden,
+            moments=2 * BYTE * scored,
             logits=BYTE * scored * architecture.classes,
             given_byte=8 * (2 * sequences * length + labels),
         )
@@ -356,8 +359,17 @@ def _head_forward(ledger: Ledger, architecture: Architecture, batch: _Batch, tra
     s, sequences = batch.sizes, batch.sequences
     if architecture.head == "language":
         ledger.take(batch.scored_hidden)
-        ledger.take(batch.logits)
-        ledger.give(batch.scored_hidden)  # the frozen head does not need it
+        if architecture.family == "bert":
+            ledger.take(batch.scored_hidden)  # dense layer, kept for the GELU
+            ledger.take(batch.scored_hidden)  # GELU, kept for the norm
+            ledger.take(batch.scored_hidden, batch.moments)  # norm
+            if not trains:
+                ledger.give(2 * batch.scored_hidden, batch.moments)
+            ledger.take(batch.logits)
+            ledger.give(batch.scored_hidden)  # norm; the frozen head does not need it
+        else:
+            ledger.take(batch.logits)
+        ledger.give(batch.scored_hidden)
         ledger.take(batch.logits)  # log-probabilities, kept
         ledger.give(batch.logits, s.hidden)  # logits and last hidden state, held by the frame
         if not trains:
@@ -387,9 +399,16 @@ def _head_backward(ledger: Ledger, architecture: Architecture, batch: _Batch, tr
             ledger.free(batch.logits)  # log-probabilities
             ledger.take(batch.scored_hidden)
             ledger.give(batch.logits)
+            if architecture.family == "bert":
+                ledger.swap(batch.scored_hidden)  # through the norm
+                ledger.free(batch.scored_hidden, batch.moments)  # GELU
+                ledger.swap(batch.scored_hidden)  # through the GELU
+                ledger.free(batch.scored_hidden)  # dense
+                ledger.swap(batch.scored_hidden)  # through the dense layer
             ledger.take(s.hidden)  # zeros but for the scored tokens
             ledger.give(batch.scored_hidden)
-            memory_llama.norm_backward(ledger, s, residual=False)
+            if architecture.family == "llama":
+                memory_llama.norm_backward(ledger, s, residual=False)
         return
     parameters = BYTE * head_parameters(architecture)
     if architecture.family == "bert":

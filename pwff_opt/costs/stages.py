@@ -21,12 +21,14 @@ from pwff_opt.costs.memory import (
 from pwff_opt.costs.workload import (
     FloatArray,
     Workload,
+    attention_span,
     longest_sequence,
+    most_scored,
     samples,
     sequences_per_example,
 )
 from pwff_opt.decision import LayerState
-from pwff_opt.errors import DecisionError
+from pwff_opt.errors import DecisionError, ModelError
 from pwff_opt.models import model_config, model_source
 from pwff_opt.scenario import Scenario
 
@@ -213,13 +215,13 @@ class Sampling:
 
     Memory is the largest of what sampling (an upper bound), reward models and update need in turn.
 
-    ``policy``: the update, whose mini-batch are all prompts with their answers; ``prompts``: of these,
-    the prompts; ``answer``: tokens sampled for each.
+    ``policy``: the update, whose mini-batch are all prompts with their answers; ``sampled``: what
+    sampling these takes; ``answer``: tokens of each.
     """
 
     policy: Supervised
     rewards: Rewards
-    prompts: TokenCount
+    sampled: TokenCount
     answer: int
     updates: int
     backwards: int
@@ -241,8 +243,7 @@ class Sampling:
 
         once: Any = forward(self.policy.count)
         step: Any = self.policy.flops(blocks, rank=rank, states=states, present=present)
-        before = forward(self.prompts.sampling(self.answer))
-        before = before + self.policy.reference_flops() + self.rewards.flops()
+        before = forward(self.sampled) + self.policy.reference_flops() + self.rewards.flops()
         return before + self.updates * (once + self.backwards * (step - once))  # type: ignore[no-any-return]
 
     def memory_byte(
@@ -273,6 +274,8 @@ class Sampling:
 def local_step(scenario: Scenario, workload: Workload) -> LocalStep:
     """Return what a local step of the scenario's stage takes.
 
+    Sparse attention (``model.attention_window``) saves work; memory is that of attention to all tokens.
+
     Raises
     ------
     DecisionError
@@ -281,20 +284,16 @@ def local_step(scenario: Scenario, workload: Workload) -> LocalStep:
         The model cannot be read, or its family does not fit the stage.
     """
     training, alignment = scenario.training, scenario.alignment
-    source = model_source(scenario.model.source, folder=scenario.folder)
     classifies = training.stage == "classification"
-    architecture = Architecture.from_config(
-        model_config(source),
-        classes=_classes(workload) if classifies else None,
-        pooling=scenario.model.pooling,
-    )
+    architecture = model_architecture(scenario, _classes(workload) if classifies else None)
     batch, length = training.batch_size, longest_sequence(scenario)
+    span = attention_span(scenario, architecture.family)
     if samples(scenario):
         sequences, answer = batch * alignment.answers, alignment.answer_tokens
         prompts = _count(workload, sequences, scenario)
         policy = Supervised(
             architecture=architecture,
-            count=prompts.answered(answer),
+            count=prompts.answered(answer).within(span),
             sequences=sequences,
             length=length,
             scored=sequences * answer,
@@ -302,19 +301,19 @@ def local_step(scenario: Scenario, workload: Workload) -> LocalStep:
         return Sampling(
             policy=policy,
             rewards=_rewards(scenario, workload, read=2 * sequences),
-            prompts=prompts,
+            sampled=prompts.sampling(answer).within(span),
             answer=answer,
             updates=alignment.updates,
             backwards=1 if alignment.reconcile == "weighted" else 2,
         )
     sequences = batch * sequences_per_example(scenario)
-    count = _count(workload, batch, scenario)
+    count = _count(workload, batch, scenario).within(span)
     policy = Supervised(
         architecture=architecture,
         count=count,
         sequences=sequences,
         length=length,
-        scored=0 if classifies else sequences * (length - 1),
+        scored=0 if classifies else sequences * most_scored(length, architecture.family),
     )
     if training.stage != "alignment":
         return policy
@@ -323,6 +322,25 @@ def local_step(scenario: Scenario, workload: Workload) -> LocalStep:
         policy=policy,
         rewards=_rewards(scenario, workload, read=sequences) if margins else None,
     )
+
+
+def model_architecture(scenario: Scenario, classes: int | None) -> Architecture:
+    """Return the sizes of the scenario's model; ``classes``: of classification, else None.
+
+    Raises
+    ------
+    ModelError
+        The model cannot be read, or its family does not fit the stage.
+    """
+    config = model_config(model_source(scenario.model.source, folder=scenario.folder))
+    architecture = Architecture.from_config(config, classes=classes, pooling=scenario.model.pooling)
+    stage = scenario.training.stage
+    if architecture.family == "bert" and stage in ("instruction", "alignment"):
+        raise ModelError(
+            "model.source must name a causal language model (llama, mistral, qwen2) for training.stage "
+            f"{stage!r}, got {scenario.model.source!r} of the family 'bert'"
+        )
+    return architecture
 
 
 def _count(workload: Workload, examples: int, scenario: Scenario) -> TokenCount:

@@ -14,6 +14,9 @@ from pwff_opt.scenario import Scenario
 
 FloatArray = NDArray[np.float64]
 
+MASKED = 0.15
+"""Share of the tokens that masked pre-training asks for (Devlin et al., NAACL 2019, section 3.1)."""
+
 _REQUIRED = ("mean_tokens", "mean_squared_tokens")
 
 
@@ -33,7 +36,9 @@ class Workload:
     mean_tokens: FloatArray
     """Tokens of an example, all its sequences together."""
     mean_squared_tokens: FloatArray
-    """Sum of the squared lengths of an example's sequences."""
+    """How often a token of an example sees a token: the sum of its sequences' squared lengths. With
+    sparse attention, of min(S, span) S for S tokens (:func:`attention_span`); more than that, up to the
+    squares, is cut to span times ``mean_tokens``."""
     mean_scored_tokens: FloatArray | None = None
     """Tokens of an example at which what comes next is learned; neither for classification, nor for
     grpo, where they are those sampled."""
@@ -61,8 +66,8 @@ class Workload:
         """Return the upper bound that needs no data.
 
         Every sequence and every prompt is ``model.max_tokens`` long, and all but its first token are
-        learned. A reward model reads as many of its own tokens and, of a sampled answer,
-        ``alignment.answer_tokens`` more.
+        learned (an encoder learns fewer). A reward model reads as many of its own tokens and, of a
+        sampled answer, ``alignment.answer_tokens`` more.
         """
 
         def everywhere(value: float) -> FloatArray:
@@ -123,6 +128,30 @@ def sequences_per_example(scenario: Scenario) -> int:
 def longest_sequence(scenario: Scenario) -> int:
     """Return the tokens of the longest sequence: sampled answers come after a prompt."""
     return scenario.model.max_tokens + samples(scenario) * scenario.alignment.answer_tokens
+
+
+def most_scored(length: int, family: str) -> int:
+    """Return how many tokens of a sequence a language model learns at most.
+
+    A decoder all but the first; an encoder those that were masked (:func:`masked`).
+    """
+    return masked(length) if family == "bert" else length - 1
+
+
+def masked(candidates: int) -> int:
+    """Return how many of a sequence's tokens are masked: ``MASKED`` of them, at least one."""
+    return max(1, round(MASKED * candidates))
+
+
+def attention_span(scenario: Scenario, family: str) -> int | None:
+    """Return how many tokens a token sees at most under sparse attention; None: as many as there are.
+
+    With a window w and s sinks, w + s in a decoder and 2 w - 1 + s in an encoder, which looks both ways.
+    """
+    window, sinks = scenario.model.attention_window, scenario.model.attention_sinks
+    if not window:
+        return None
+    return (window if family == "llama" else 2 * window - 1) + sinks
 
 
 def samples(scenario: Scenario) -> bool:

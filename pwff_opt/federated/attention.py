@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pwff_opt.federated.tokens import Packed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Sparse attention: a token sees those less than ``width`` away, and the first ``sinks`` ones.
+
+    Without the first tokens, on which much attention rests whatever they say, a model that was not made
+    for it falls apart as soon as they leave the window (Xiao et al., ICLR 2024, arXiv 2309.17453).
+    """
+
+    width: int
+    sinks: int
+
+    def bars(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Return which places of keys each place of queries does not see; both broadcast."""
+        return ((queries - keys).abs() >= self.width) & (keys >= self.sinks)
 
 
 class Around:
@@ -18,9 +35,11 @@ class Around:
         *,
         causal: bool,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        window: Window | None = None,
     ) -> None:
         self.packed = packed
         self.rotary = rotary
+        self.window = window
         self._bias: torch.Tensor | None = None
         barred = None
         if causal:
@@ -29,6 +48,10 @@ class Around:
             barred = torch.ones(shape, dtype=torch.bool, device=packed.ids.device).triu(1)[None]
         elif packed.inside is not None:
             barred = ~packed.inside[:, None]
+        if window is not None and packed.width > window.width:
+            places = torch.arange(packed.width, device=packed.ids.device)
+            far = window.bars(places[:, None], places)[None]
+            barred = far if barred is None else barred | far
         if barred is not None:
             self._bias = torch.zeros(barred.shape, device=barred.device)
             self._bias = self._bias.masked_fill(barred, -1e9)

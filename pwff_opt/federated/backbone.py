@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -20,11 +21,12 @@ from transformers.utils import logging as transformers_logging
 
 from pwff_opt.errors import ModelError
 from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
-from pwff_opt.federated.attention import Around
+from pwff_opt.federated.attention import Around, Window
 from pwff_opt.federated.blocks import Tensors
 from pwff_opt.federated.families import HEADS, LAYERS, LORA_TARGETS, Ends, fused
 from pwff_opt.federated.products import Frozen
 from pwff_opt.federated.tokens import Packed
+from pwff_opt.models import model_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -130,6 +132,7 @@ class Backbone:
         vocabulary.
     pooling : "model" or "mean", what the head sees.
     max_tokens : longest sequence that will come.
+    window : who sees whom; None: all tokens of a sequence, in a decoder those before.
     dtype : "float32" or "bfloat16", of the frozen weights and of products with them.
     device : where it computes; a GPU if there is one and nothing else is said.
     """
@@ -142,11 +145,12 @@ class Backbone:
         classes: int | None,
         pooling: str,
         max_tokens: int,
+        window: Window | None = None,
         dtype: str = "float32",
         device: torch.device | str | None = None,
     ) -> None:
         model = (
-            load_language_model(source, family=family)
+            load_language_model(source)
             if classes is None
             else load_classifier(source, classes=classes)
         )
@@ -162,7 +166,7 @@ class Backbone:
             LAYERS[family](layer, model.config, self.dtype) for layer in getattr(owner, attribute)
         ]
         setattr(owner, attribute, nn.ModuleList())  # their weights are held by self.layers now
-        self.ends = Ends(model, family, pooling, max_tokens=max_tokens)
+        self.ends = Ends(model, family, pooling, max_tokens=max_tokens, window=window)
         self.hidden = int(model.config.hidden_size)
         self.head_shapes: dict[str, tuple[int, ...]] = {}
         self._vocabulary: Frozen | None = None
@@ -237,8 +241,11 @@ class Backbone:
         """Return [sequence, class] of what leaves the last layer, [token, hidden]."""
         return stack.classify(self.ends.pool(hidden, packed), packed.sequence_counts)
 
-    def next_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits [row, vocabulary] of what leaves the last layer, [row, hidden]."""
+    def tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits [row, vocabulary] of what leaves the last layer, [row, hidden].
+
+        A decoder says which token comes next, an encoder which is at the place itself.
+        """
         assert self._vocabulary is not None
         return self._vocabulary(self.ends.norm(hidden)).float()
 
@@ -278,17 +285,28 @@ def load_classifier(source: str, *, classes: int) -> Any:
     )
     # Decoders pool the last token that is not this one.
     model.config.pad_token_id = pad_token_id(source)
+    model.config.use_cache = False  # of keys and values, which only costs memory in training
     return model
 
 
-def load_language_model(source: str, *, family: str) -> Any:
-    """Load a causal language model from a folder or hub name; only safetensors weights are read."""
-    if family != "llama":
+def load_language_model(source: str) -> Any:
+    """Load a language model, masked (bert) or causal (llama), as :func:`load_classifier` does.
+
+    Raises
+    ------
+    ModelError
+        It cannot be loaded, or lacks weights, of its head say: they would be drawn, and never trained.
+    """
+    masked = model_config(source).get("model_type") == "bert"
+    kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    model, told = _loaded(kind, source, output_loading_info=True)
+    if told["missing_keys"]:
         raise ModelError(
-            "model.source must name a causal language model (llama, mistral, qwen2) for a training.stage "
-            f"other than 'classification', got {source!r} of the family {family!r}"
+            "model.source must name a language model with its head for a training.stage other than "
+            f"'classification'; {source!r} lacks {', '.join(sorted(told['missing_keys']))}"
         )
-    return _loaded(AutoModelForCausalLM, source)
+    model.config.use_cache = False  # of keys and values, which only costs memory in training
+    return model
 
 
 def _loaded(kind: Any, source: str, **more: Any) -> Any:
@@ -296,13 +314,11 @@ def _loaded(kind: Any, source: str, **more: Any) -> Any:
     transformers_logging.set_verbosity_error()  # a new head is expected, not worth a warning
     transformers_logging.disable_progress_bar()
     try:
-        model = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **more)
+        return kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **more)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {source!r} could not be loaded: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    model.config.use_cache = False  # of keys and values, which only costs memory in training
-    return model
 
 
 def pad_token_id(source: str) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 
+from pwff_opt.costs import masked
 from pwff_opt.errors import DataError, ModelError
-from pwff_opt.federated.tokens import Indices, Tokens
+from pwff_opt.federated.tokens import Indices, Tokens, tokenise
+from pwff_opt.rng import stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,6 +37,63 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, *, max_tokens: int, pad_i
         answer_start=np.ones(len(rows), dtype=np.int64),
         prompts_cut=0,
         answers_cut=sum(len(ids) > max_tokens for ids in rows),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MaskedTexts:
+    """Texts with some tokens masked."""
+
+    tokens: Tokens
+    """What the model reads."""
+    targets: Indices
+    """[token], end to end as ``tokens.ids``: what was there, or -1 where nothing is learned."""
+    texts_cut: int
+    """Texts that lost their end."""
+
+    @property
+    def learned(self) -> Indices:
+        """[sequence]: how many tokens are."""
+        return np.add.reduceat((self.targets >= 0).astype(np.int64), self.tokens.offsets[:-1])
+
+
+def encode_masked(
+    texts: Sequence[str], tokenizer: Any, *, max_tokens: int, pad_id: int, seed: int
+) -> MaskedTexts:
+    """Encode texts for masked pre-training, cut to ``max_tokens`` each.
+
+    Of a text's tokens but the special ones, 15 % and at least one are to be named. 80 % of them are replaced
+    by the mask, 10 % by any token and 10 % are left (Devlin et al., NAACL 2019, section 3.1). Masks are drawn
+    once a text, as there, so that what frozen layers make of a text stays the same.
+
+    Raises
+    ------
+    ModelError
+        The tokenizer has no mask.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ModelError(
+            "the tokenizer must have a mask (mask_token) to pre-train an encoder, got none"
+        )
+    plain = tokenise(texts, tokenizer, max_tokens=max_tokens, pad_id=pad_id)
+    special = np.array(tokenizer.all_special_ids)
+    others = np.setdiff1d(np.arange(len(tokenizer)), special)
+    ids, targets = plain.ids.copy(), np.full(len(plain.ids), -1)
+    for text, (start, stop) in enumerate(pairwise(plain.offsets)):
+        candidates = start + (~np.isin(plain.ids[start:stop], special)).nonzero()[0]
+        if not len(candidates):
+            continue
+        rng = stream(seed, "masks", item=text)
+        chosen = rng.choice(candidates, masked(len(candidates)), replace=False)
+        targets[chosen] = plain.ids[chosen]
+        kind = rng.random(len(chosen))
+        ids[chosen[kind < 0.8]] = tokenizer.mask_token_id
+        drawn = (kind >= 0.8) & (kind < 0.9)
+        ids[chosen[drawn]] = rng.choice(others, drawn.sum())
+    return MaskedTexts(
+        tokens=replace(plain, ids=ids),
+        targets=targets,
+        texts_cut=sum(len(row) > max_tokens for row in tokenizer(list(texts))["input_ids"]),
     )
 
 

@@ -101,7 +101,7 @@ def _claim(folder: Path) -> None:
 
 def _base(source: str, class_names: Sequence[str] | None) -> Any:
     if class_names is None:
-        return load_language_model(source, family="llama")
+        return load_language_model(source)
     return load_classifier(source, classes=len(class_names))
 
 
@@ -114,11 +114,12 @@ def _with_lora(
     rank = max(ranks.values(), default=1)
     others = {_pattern(name): r for name, r in ranks.items() if r != rank}
     head = HEADS[family]
+    task = TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM if family == "llama" else None
     config = lora_config(
         family,
         rank,
         1.0,  # the scale is in B
-        task_type=TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM,
+        task_type=task,
         modules_to_save=[head] if classifies else None,
         layers_to_transform=sorted({int(name.split(".")[0]) for name in ranks}) or [0],
         rank_pattern=others,

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from pwff_opt.errors import ModelError
-from pwff_opt.federated.attention import Around
+from pwff_opt.federated.attention import Around, Window
 from pwff_opt.federated.products import Frozen
 from pwff_opt.federated.tokens import Packed
 
@@ -140,16 +140,32 @@ LAYERS: dict[str, Callable[[Any, Any, torch.dtype], Layer]] = {
 class Ends:
     """What comes before and after the layers: embeddings, rotations, pooling and its last norm."""
 
-    def __init__(self, model: Any, family: str, pooling: str, *, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        family: str,
+        pooling: str,
+        *,
+        max_tokens: int,
+        window: Window | None = None,
+    ) -> None:
         self._base, self._family, self._pooling = model.base_model, family, pooling
-        limits = {"attention window": getattr(model.config, "sliding_window", None)}
+        self._masked_head = getattr(model, "cls", None)
+        """Of an encoder that names masked tokens."""
+        self.window = window
         if family == "bert":
-            limits["table of positions"] = self._base.embeddings.position_embeddings.num_embeddings
-        for what, limit in limits.items():
-            if limit is not None and limit < max_tokens:
+            limit = self._base.embeddings.position_embeddings.num_embeddings
+            if limit < max_tokens:
                 raise ModelError(
-                    f"model.max_tokens must not exceed the model's {what} ({limit}), got {max_tokens}"
+                    f"model.max_tokens must not exceed the model's table of positions ({limit}), got "
+                    f"{max_tokens}"
                 )
+        limit = getattr(model.config, "sliding_window", None)
+        if limit is not None and limit < max_tokens and (window is None or window.width > limit):
+            raise ModelError(
+                f"model.max_tokens must not exceed the model's attention window ({limit}), unless "
+                f"model.attention_window is set and does not; got {max_tokens}"
+            )
 
     def embed(self, packed: Packed) -> torch.Tensor:
         """Return the input of the lowest layer, [token, hidden]."""
@@ -165,13 +181,19 @@ class Ends:
 
     def around(self, packed: Packed) -> Around:
         if self._family == "bert":
-            return Around(packed, causal=False)
+            return Around(packed, causal=False, window=self.window)
         like = torch.empty(0, device=packed.ids.device)
         cos, sin = self._base.rotary_emb(like, position_ids=packed.positions[None])
-        return Around(packed, causal=True, rotary=(cos[0, :, None], sin[0, :, None]))
+        rotary = cos[0, :, None], sin[0, :, None]
+        return Around(packed, causal=True, rotary=rotary, window=self.window)
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what a decoder's head sees of what leaves the last layer, [row, hidden]."""
+        """Return what a head over the vocabulary, or a decoder's, sees of what leaves the last layer.
+
+        [row, hidden] both.
+        """
+        if self._masked_head is not None:
+            return self._masked_head.predictions.transform(hidden)  # type: ignore[no-any-return]
         return self._base.norm(hidden)  # type: ignore[no-any-return]
 
     def pool(self, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:

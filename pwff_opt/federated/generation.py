@@ -54,7 +54,7 @@ def generate(
         over = torch.zeros_like(alive, dtype=torch.bool)
         table = torch.full((packed.sequences, longest), stop, device=device)
         for number in range(longest):
-            logits = backbone.next_tokens(rows)
+            logits = backbone.tokens(rows)
             if draws is None:
                 token = logits.argmax(-1)
             else:
@@ -110,20 +110,17 @@ class _Memory:
         self.layers = [(keys[sequences], values[sequences]) for keys, values in self.layers]
 
     def first(self, backbone: Backbone, packed: Packed) -> Around:
-        plain = backbone.ends.around(packed)
-        return _Writing(packed, plain.rotary, self)
+        return _Writing(backbone.ends.around(packed), self)
 
     def next(self, backbone: Backbone, packed: Packed) -> Around:
-        return _Reading(packed, backbone.ends.around(packed).rotary, self)
+        return _Reading(backbone.ends.around(packed), self)
 
 
 class _Writing(Around):
     """Attention among the prompt's tokens, which remembers their keys and values."""
 
-    def __init__(
-        self, packed: Packed, rotary: tuple[torch.Tensor, torch.Tensor] | None, memory: _Memory
-    ) -> None:
-        super().__init__(packed, causal=True, rotary=rotary)
+    def __init__(self, plain: Around, memory: _Memory) -> None:
+        super().__init__(plain.packed, causal=True, rotary=plain.rotary, window=plain.window)
         self._memory = memory
 
     def attend(
@@ -139,15 +136,16 @@ class _Writing(Around):
 
 
 class _Reading(Around):
-    """Attention of one token of each sequence to all before it, layer after layer."""
+    """Attention of one token of each sequence to those before it, layer after layer."""
 
-    def __init__(
-        self, packed: Packed, rotary: tuple[torch.Tensor, torch.Tensor] | None, memory: _Memory
-    ) -> None:
-        super().__init__(packed, causal=False, rotary=rotary)
+    def __init__(self, plain: Around, memory: _Memory) -> None:
+        super().__init__(plain.packed, causal=False, rotary=plain.rotary)
         self._layers = iter(memory.layers)
-        places = torch.arange(memory.room, device=packed.ids.device)
-        self._later = places[None] > packed.positions[:, None]
+        own = self.packed.positions[:, None]
+        places = torch.arange(memory.room, device=own.device)[None]
+        self._unseen = places > own
+        if plain.window is not None:
+            self._unseen |= plain.window.bars(own, places)
 
     def attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float
@@ -159,6 +157,6 @@ class _Reading(Around):
         # Several heads of queries share one of keys and values, in order.
         grouped = queries.unflatten(1, (keys.shape[1], -1))
         scores = (grouped * scale) @ known_keys.transpose(2, 3)
-        scores = scores.masked_fill(self._later[:, None, None], -torch.inf)
+        scores = scores.masked_fill(self._unseen[:, None, None], -torch.inf)
         attended: torch.Tensor = (scores.softmax(-1) @ known_values).flatten(1)
         return attended

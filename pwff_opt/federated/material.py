@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from pwff_opt.costs import Architecture, Workload
+from pwff_opt.costs import Workload, attention_span, model_architecture
 from pwff_opt.errors import DataError
+from pwff_opt.federated.attention import Window
 from pwff_opt.federated.backbone import Backbone, pad_token_id
 from pwff_opt.federated.conversations import (
     AXES,
@@ -22,10 +23,16 @@ from pwff_opt.federated.conversations import (
     load_preferences,
 )
 from pwff_opt.federated.data import Corpus, load_corpus, load_texts
-from pwff_opt.federated.encoding import Encoded, encode_answers, encode_prompts, encode_texts
+from pwff_opt.federated.encoding import (
+    Encoded,
+    encode_answers,
+    encode_masked,
+    encode_prompts,
+    encode_texts,
+)
 from pwff_opt.federated.partition import Shard, partition, partition_preferences
 from pwff_opt.federated.rewards import Pairs, Reader, RewardModel
-from pwff_opt.federated.stages import Classification, Language, Stage
+from pwff_opt.federated.stages import Classification, Language, Masked, Stage
 from pwff_opt.federated.stages.alignment import Aligned, Dialogues
 from pwff_opt.federated.tokens import Indices, Tokens, tokenise
 from pwff_opt.models import data_folder, model_config, model_source
@@ -107,7 +114,7 @@ def _classification(scenario: Scenario) -> Material:
         shards=shards,
         workload=Workload(
             classes=len(corpus.class_names),
-            **_lengths(tokens, [shard.train for shard in shards]),
+            **_lengths(tokens, [shard.train for shard in shards], scenario, backbone.family),
         ),
         summary=_classes_summary(corpus, labels, shards),
         labels=labels,
@@ -119,13 +126,18 @@ def _pretraining(scenario: Scenario) -> Material:
     corpus = load_texts(scenario.data, folder=Path(scenario.folder))
     shards, used = _dealt(corpus, scenario)
     source, tokenizer, pad_id = _model(scenario)
-    encoded = encode_texts(
-        [corpus.texts[index] for index in used],
-        tokenizer,
-        max_tokens=scenario.model.max_tokens,
-        pad_id=pad_id,
-    )
-    return _language(scenario, source, encoded, shards, corpus, "texts")
+    backbone = _backbone(scenario, source, classes=None)
+    texts = [corpus.texts[index] for index in used]
+    how: dict[str, Any] = {"max_tokens": scenario.model.max_tokens, "pad_id": pad_id}
+    if backbone.family == "bert":
+        found = encode_masked(texts, tokenizer, seed=scenario.seeds.data, **how)
+        stage: Language = Masked(backbone, found.tokens, found.targets)
+        learned, notes = found.learned, _cuts(scenario, len(texts), 0, found.texts_cut)
+    else:
+        stage, learned, notes = _next_tokens(
+            scenario, backbone, encode_texts(texts, tokenizer, **how)
+        )
+    return _language(scenario, source, stage, learned, shards, corpus, "texts", notes)
 
 
 def _instruction(scenario: Scenario) -> Material:
@@ -140,18 +152,33 @@ def _instruction(scenario: Scenario) -> Material:
         max_tokens=scenario.model.max_tokens,
         pad_id=pad_id,
     )
-    return _language(scenario, source, encoded, shards, corpus, "prompts with answers")
+    backbone = _backbone(scenario, source, classes=None)
+    stage, learned, notes = _next_tokens(scenario, backbone, encoded)
+    what = "prompts with answers"
+    return _language(scenario, source, stage, learned, shards, corpus, what, notes)
+
+
+def _next_tokens(
+    scenario: Scenario, backbone: Backbone, encoded: Encoded
+) -> tuple[Language, Indices, tuple[str, ...]]:
+    """Return the stage, how many tokens of each sequence are learned, and what did not fit."""
+    return (
+        Language(backbone, encoded.tokens, encoded.answer_start),
+        encoded.tokens.lengths - encoded.answer_start,
+        _encoded_cuts(scenario, encoded),
+    )
 
 
 def _language(
     scenario: Scenario,
     source: str,
-    encoded: Encoded,
+    stage: Language,
+    learned: Indices,
     shards: Sequence[Shard],
     corpus: Corpus,
     what: str,
+    notes: tuple[str, ...],
 ) -> Material:
-    learned = encoded.tokens.lengths - encoded.answer_start
     for device, shard in enumerate(shards):
         for part in ("train", "validation", "test"):
             if not (learned[getattr(shard, part)] > 0).any():
@@ -159,20 +186,20 @@ def _language(
                     f"data must hold {what} of which there is something to learn, in tokens, in every part; "
                     f"got none in {part} of device {device} (data.{part}_per_device)"
                 )
-    backbone = _backbone(scenario, source, classes=None)
+    held = [shard.train for shard in shards]
     return Material(
         source=source,
-        backbone=backbone,
-        stage=Language(backbone, encoded.tokens, encoded.answer_start),
+        backbone=stage.backbone,
+        stage=stage,
         shards=shards,
         workload=Workload(
-            **_lengths(encoded.tokens, [shard.train for shard in shards]),
-            mean_scored_tokens=_scored(encoded, [shard.train for shard in shards]),
+            **_lengths(stage.tokens, held, scenario, stage.backbone.family),
+            mean_scored_tokens=_means(learned, held),
         ),
         summary=Summary(
-            sentence=f"{len(encoded.tokens)} {what} of {len(corpus.domain_names)} domain(s); accuracy is the "
-            "share of tokens named right",
-            notes=_cuts(encoded, scenario),
+            sentence=f"{len(stage.tokens)} {what} of {len(corpus.domain_names)} domain(s); accuracy is the "
+            f"share of {stage.asked} named right",
+            notes=notes,
         ),
     )
 
@@ -214,13 +241,15 @@ def _alignment(scenario: Scenario) -> Material:
         backbone=backbone,
         stage=stage,
         shards=dealt.shards,
-        workload=_alignment_workload(stage, dealt.shards, dialogues, encoded, reader, scenario),
+        workload=_alignment_workload(
+            stage, dealt.shards, dialogues, encoded, reader, scenario, backbone.family
+        ),
         summary=Summary(
             sentence=f"{len(dealt.pairs)} pairs of answers on either axis; accuracy is the probability that "
             "the user prefers an answer to the reference model's",
             baseline=0.5,
             baseline_name="the reference model",
-            notes=(f"reward models: {'; '.join(told)}", *_cuts(encoded, scenario)),
+            notes=(f"reward models: {'; '.join(told)}", *_encoded_cuts(scenario, encoded)),
         ),
         rewards=rewards,
     )
@@ -280,39 +309,48 @@ def _backbone(
     scenario: Scenario, source: str, *, classes: int | None, more_tokens: int = 0
 ) -> Backbone:
     model = scenario.model
-    architecture = Architecture.from_config(
-        model_config(source), classes=classes, pooling=model.pooling
-    )
     return Backbone(
         source,
-        family=architecture.family,
+        family=model_architecture(scenario, classes).family,
         classes=classes,
         pooling=model.pooling,
         max_tokens=model.max_tokens + more_tokens,
+        window=Window(width=model.attention_window, sinks=model.attention_sinks)
+        if model.attention_window
+        else None,
         dtype=scenario.training.base_dtype,
     )
 
 
-def _lengths(tokens: Tokens, held: Sequence[Indices], each: int = 1) -> dict[str, Any]:
+def _lengths(
+    tokens: Tokens, held: Sequence[Indices], scenario: Scenario, family: str, each: int = 1
+) -> dict[str, Any]:
     """Return the moments of an example's lengths, [device]; ``each``: its sequences."""
     lengths = [tokens.lengths[sequences].astype(float) for sequences in held]
+    span = attention_span(scenario, family) or np.inf
     return {
         "mean_tokens": np.array([each * own.mean() for own in lengths]),
-        "mean_squared_tokens": np.array([each * (own**2).mean() for own in lengths]),
+        "mean_squared_tokens": np.array(
+            [each * (own * np.minimum(own, span)).mean() for own in lengths]
+        ),
     }
 
 
-def _scored(encoded: Encoded, held: Sequence[Indices], each: int = 1) -> NDArray[np.float64]:
-    learned = encoded.tokens.lengths - encoded.answer_start
-    return np.array([each * learned[sequences].mean() for sequences in held])
+def _means(values: Indices, held: Sequence[Indices], each: int = 1) -> NDArray[np.float64]:
+    """Return the means of an example's values, [device]; ``each``: its sequences."""
+    return np.array([each * values[sequences].mean() for sequences in held])
 
 
-def _cuts(encoded: Encoded, scenario: Scenario) -> tuple[str, ...]:
-    if not encoded.prompts_cut and not encoded.answers_cut:
+def _encoded_cuts(scenario: Scenario, encoded: Encoded) -> tuple[str, ...]:
+    return _cuts(scenario, len(encoded.tokens), encoded.prompts_cut, encoded.answers_cut)
+
+
+def _cuts(scenario: Scenario, sequences: int, beginnings: int, ends: int) -> tuple[str, ...]:
+    if not beginnings and not ends:
         return ()
     return (
-        f"model.max_tokens {scenario.model.max_tokens} cut the beginning of {encoded.prompts_cut} and the "
-        f"end of {encoded.answers_cut} of {len(encoded.tokens)} sequences",
+        f"model.max_tokens {scenario.model.max_tokens} cut the beginning of {beginnings} and the "
+        f"end of {ends} of {sequences} sequences",
     )
 
 
@@ -410,6 +448,7 @@ def _alignment_workload(
     encoded: Encoded,
     reader: Reader,
     scenario: Scenario,
+    family: str,
 ) -> Workload:
     held = [stage.sequences(shard.train) for shard in shards]
     read = reader.read(
@@ -421,7 +460,9 @@ def _alignment_workload(
     }
     if scenario.alignment.optimiser == "grpo":
         prompts = [dialogues.prompt_of[own] for own in held]
-        return Workload(**_lengths(dialogues.prompt_tokens, prompts), **rewards)
+        return Workload(**_lengths(dialogues.prompt_tokens, prompts, scenario, family), **rewards)
     return Workload(
-        **_lengths(encoded.tokens, held, 4), mean_scored_tokens=_scored(encoded, held, 4), **rewards
+        **_lengths(encoded.tokens, held, scenario, family, 4),
+        mean_scored_tokens=_means(encoded.tokens.lengths - encoded.answer_start, held, 4),
+        **rewards,
     )

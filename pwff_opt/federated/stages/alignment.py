@@ -215,7 +215,7 @@ class PreferencePairs(Aligned):
             both = [np.stack([held.chosen[own], held.rejected[own]], 1).ravel() for own in pairs]
             packed, hidden = passes.own(self.tokens, both)
             sequences = np.concatenate(both)
-            scored = Scored(packed, held.starts[sequences])
+            scored = Scored.next_tokens(packed, held.starts[sequences])
             ours = scored.sums(scored.log_probabilities(self._backbone, hidden))
             ratio = (ours - self._referred(sequences, passes).to(ours)).view(-1, 2)
             odds = settings.kl * (ratio[:, 0] - ratio[:, 1])
@@ -232,7 +232,7 @@ class PreferencePairs(Aligned):
         missing = sequences[known[sequences].isnan().numpy()]
         for group in passes.groups(missing) if len(missing) else ():
             packed, hidden = passes.base(self.tokens, group)
-            scored = Scored(packed, self._dialogues.starts[group])
+            scored = Scored.next_tokens(packed, self._dialogues.starts[group])
             with torch.inference_mode():
                 sums = scored.sums(scored.log_probabilities(self._backbone, hidden)).cpu()
             known[group] = sums.clone()
@@ -337,7 +337,7 @@ class _Answers:
     def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
         settings, answers = self._settings, np.concatenate(batches)
         packed, hidden = passes.own(self.tokens, batches)
-        scored = Scored(packed, self._starts[answers])
+        scored = Scored.next_tokens(packed, self._starts[answers])
         now = scored.log_probabilities(self._backbone, hidden, settings.temperature)
         places = self.tokens.rows(answers)[scored.rows.cpu().numpy()]
         # The first step's own pass is that by which they were drawn.
@@ -347,7 +347,7 @@ class _Answers:
         if self._reference[places].isnan().any():
             base_packed, base = passes.base(self.tokens, answers)
             with torch.inference_mode():
-                found = Scored(base_packed, self._starts[answers])
+                found = Scored.next_tokens(base_packed, self._starts[answers])
                 reference = found.log_probabilities(
                     self._backbone, base, settings.temperature
                 ).cpu()

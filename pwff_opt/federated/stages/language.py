@@ -1,4 +1,4 @@
-"""Pre-training and instruction tuning: the next token, of whole texts or of answers alone."""
+"""Pre-training and instruction tuning: next tokens, of whole texts or of answers alone, and masked ones."""
 
 from __future__ import annotations
 
@@ -29,60 +29,95 @@ class Language(Plain):
     tokens, starts : the sequences and, [sequence], how many tokens of each are given.
     """
 
+    asked = "tokens"
+
     def __init__(self, backbone: Backbone, tokens: Tokens, starts: Indices) -> None:
         super().__init__(tokens)
-        self._backbone, self._starts = backbone, starts
+        self.backbone, self._starts = backbone, starts
 
     def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
         packed, hidden = passes.own(self.tokens, batches)
-        scored = Scored(packed, self._starts[np.concatenate(batches)])
-        sums = scored.sums(scored.log_probabilities(self._backbone, hidden))
+        scored = self.scored(packed, np.concatenate(batches))
+        sums = scored.sums(scored.log_probabilities(self.backbone, hidden))
         yield Loss(objective=0, each=-sums / scored.counts.clamp_min(1))
 
     def measures(self, examples: Indices, passes: Passes) -> dict[str, float]:
         right, total, count = 0, 0.0, 0
         for batch in by_length(self.tokens, examples):
             packed, hidden = passes.own(self.tokens, [batch])
-            scored = Scored(packed, self._starts[batch])
-            logits = scored.logits(self._backbone, hidden)
+            scored = self.scored(packed, batch)
+            logits = scored.logits(self.backbone, hidden)
             right += int((logits.argmax(-1) == scored.targets).sum())
             total -= float(scored.picked(logits).double().sum())
             count += len(scored.rows)
         with np.errstate(over="ignore"):  # of a model that has gone far off: infinite
             return {"accuracy": right / count, "perplexity": float(np.exp(total / count))}
 
+    def scored(self, packed: Packed, sequences: Indices) -> Scored:
+        """Return what is learned in a batch of some sequences."""
+        return Scored.next_tokens(packed, self._starts[sequences])
 
-class Scored:
-    """The tokens of answers in a batch, and the rows that predict them.
 
-    ``starts`` [sequence]: tokens of the prompt, at least one.
+class Masked(Language):
+    """Cross-entropy of tokens that were masked, given all others on both sides (Devlin et al., NAACL 2019).
+
+    The same measures as :class:`Language`, over the masked tokens of all texts: what is called perplexity
+    is the exponential of their mean loss.
+
+    Parameters
+    ----------
+    backbone : an encoder with a head over its vocabulary.
+    tokens : the texts, masks put in.
+    targets : [token], end to end as ``tokens.ids``: what was there, or -1 where nothing is learned.
     """
 
-    def __init__(self, packed: Packed, starts: Indices) -> None:
+    asked = "masked tokens"
+
+    def __init__(self, backbone: Backbone, tokens: Tokens, targets: Indices) -> None:
+        Plain.__init__(self, tokens)
+        self.backbone, self._targets = backbone, targets
+
+    def scored(self, packed: Packed, sequences: Indices) -> Scored:
+        targets = torch.from_numpy(self._targets[self.tokens.rows(sequences)])
+        rows = (targets >= 0).nonzero()[:, 0]
+        device = packed.ids.device
+        return Scored(packed, rows.to(device), targets[rows].to(device))
+
+
+class Scored:
+    """The tokens that a language model is asked for in a batch, and the rows that name them.
+
+    ``rows``: places among the batch's tokens; ``targets`` [row]: which token it is.
+    """
+
+    def __init__(self, packed: Packed, rows: torch.Tensor, targets: torch.Tensor) -> None:
+        self.rows, self.targets = rows, targets
+        self.sequence_of = packed.sequence_of[rows]
+        """[row]"""
+        self.counts = torch.bincount(self.sequence_of, minlength=packed.sequences)
+        """[sequence]: how many tokens are asked for."""
+
+    @classmethod
+    def next_tokens(cls, packed: Packed, starts: Indices) -> Scored:
+        """Return those of answers after ``starts`` [sequence] tokens of a prompt, at least one."""
         first = torch.from_numpy(starts).to(packed.lengths.device)
         place, of = packed.positions, packed.sequence_of
         inside = (place >= first[of] - 1) & (place < packed.lengths[of] - 1)
-        self.rows = inside.nonzero()[:, 0]
-        """[row]: in the batch's tokens."""
-        self.targets = packed.ids[self.rows + 1]
-        """[row]: what comes next."""
-        self.sequence_of = of[self.rows]
-        """[row]"""
-        self.counts = packed.lengths - first
-        """[sequence]: tokens of the answer."""
+        rows = inside.nonzero()[:, 0]
+        return cls(packed, rows, packed.ids[rows + 1])
 
     def logits(self, backbone: Backbone, hidden: torch.Tensor) -> torch.Tensor:
         """Return [row, vocabulary] of what leaves the last layer, [token, hidden]."""
-        return backbone.next_tokens(hidden.index_select(0, self.rows))
+        return backbone.tokens(hidden.index_select(0, self.rows))
 
     def picked(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the log-probabilities of what comes next, [row]."""
+        """Return the log-probabilities of the targets, [row]."""
         return -torch.nn.functional.cross_entropy(logits, self.targets, reduction="none")
 
     def log_probabilities(
         self, backbone: Backbone, hidden: torch.Tensor, temperature: float = 1.0
     ) -> torch.Tensor:
-        """Return the log-probabilities of what comes next, [row], of what leaves the last layer."""
+        """Return the log-probabilities of the targets, [row], by what leaves the last layer."""
         logits = self.logits(backbone, hidden)
         return self.picked(logits if temperature == 1.0 else logits / temperature)
 

@@ -22,6 +22,8 @@ from plain_adapters import attach_adapters
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -60,7 +62,7 @@ SIZES = {
     "attn_implementation": "eager",
 }
 
-LLAMAS: dict[str, tuple[type[nn.Module], type[PretrainedConfig], dict[str, Any]]] = {
+RANDOM: dict[str, tuple[type[nn.Module], type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaForSequenceClassification, LlamaConfig, {}),
     "llama_equal_heads": (LlamaForSequenceClassification, LlamaConfig, {"num_key_value_heads": 4}),
     "llama_one_key_head": (LlamaForSequenceClassification, LlamaConfig, {"num_key_value_heads": 1}),
@@ -79,6 +81,8 @@ LLAMAS: dict[str, tuple[type[nn.Module], type[PretrainedConfig], dict[str, Any]]
     ),
     "mistral_language": (MistralForCausalLM, MistralConfig, {}),
     "qwen2_language": (Qwen2ForCausalLM, Qwen2Config, {"num_key_value_heads": 1}),
+    "bert_language": (BertForMaskedLM, BertConfig, {}),
+    "bert_language_untied": (BertForMaskedLM, BertConfig, {"tie_word_embeddings": False}),
 }
 
 
@@ -180,7 +184,7 @@ def one_thread() -> Iterator[None]:
 def subject() -> Callable[[str], Subject]:
     """Return a function from a name to the model, made once.
 
-    Names are ``minilm``, ``minilm_mean``, ``reward`` (one output) and the keys of ``LLAMAS``.
+    Names are ``minilm``, ``minilm_mean``, ``reward`` (one output) and the keys of ``RANDOM``.
     """
     made: dict[str, Subject] = {}
 
@@ -198,7 +202,7 @@ def subject() -> Callable[[str], Subject]:
             if pooling == "mean":
                 pool_by_mean(model)
         else:
-            model_class, config_class, changes = LLAMAS[name]
+            model_class, config_class, changes = RANDOM[name]
             settings = config_class(**(SIZES | changes))
             config = json.loads(settings.to_json_string())
             model = model_class(settings)
@@ -230,7 +234,8 @@ def make_step(subject: Callable[[str], Subject]) -> Callable[..., Step]:
         model = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
         resident = [*model.parameters(), *model.buffers()]
         indices = [index for index, here in enumerate(present) if here]
-        targets = ["query", "value"] if name.startswith("minilm") else ["q_proj", "v_proj"]
+        encoder = name.startswith(("minilm", "bert"))
+        targets = ["query", "value"] if encoder else ["q_proj", "v_proj"]
         ranks = {key: r for key, r in {"sized": rank, "common": common}.items() if r and indices}
         for key, r in ranks.items():
             config = LoraConfig(r=r, target_modules=targets, layers_to_transform=indices)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 @dataclass
 class Texts:
-    """Sequences of one length, the tokens that are scored, and what comes after each of these."""
+    """Sequences of one length, the tokens that are scored, and the target of each of these."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -32,9 +32,10 @@ class Texts:
 
 
 def log_probabilities(model: Any, texts: Texts) -> torch.Tensor:
-    """Return the log-probability of every token that comes after a scored one. [scored]"""
-    hidden = model.model(input_ids=texts.ids, attention_mask=texts.mask).last_hidden_state
-    logits = model.lm_head(hidden.flatten(0, 1)[texts.scored])
+    """Return the log-probability of the target of every scored token. [scored]"""
+    hidden = model.base_model(input_ids=texts.ids, attention_mask=texts.mask).last_hidden_state
+    head = model.cls if hasattr(model, "cls") else model.lm_head
+    logits = head(hidden.flatten(0, 1)[texts.scored])
     return -functional.cross_entropy(logits, texts.targets, reduction="none")
 
 

@@ -38,13 +38,14 @@ from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError, ModelError
 from pwff_opt.scenario import Alignment
 
-LANGUAGE = ["llama_language", "llama_language_tied", "mistral_language", "qwen2_language"]
+DECODERS = ["llama_language", "llama_language_tied", "mistral_language", "qwen2_language"]
+ENCODERS = ["bert_language", "bert_language_untied"]
 SHAPES = ((2, 8, 7), (4, 32, 9), (1, 48, 1), (3, 40, 39))
 BOUND = 0.01
 PLAIN = Blocks(adapter_width=0)
 
 
-def next_tokens(step, texts):
+def name_tokens(step, texts):
     """Make the gradients of the loss of pre-training and instruction tuning, where anything learns."""
     loss = -log_probabilities(step.model, texts).mean()
     if step.trained:
@@ -53,8 +54,8 @@ def next_tokens(step, texts):
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("lowest", range(5))
-@pytest.mark.parametrize("name", LANGUAGE)
-def test_next_tokens_are_exact(subject, make_step, draw_states, name, lowest, rank):
+@pytest.mark.parametrize("name", DECODERS + ENCODERS)
+def test_tokens_are_exact(subject, make_step, draw_states, name, lowest, rank):
     case = subject(name)
     states, present = draw_states(4, lowest, rank)
     step = make_step(name, width=6, rank=rank, states=states, present=present)
@@ -65,12 +66,13 @@ def test_next_tokens_are_exact(subject, make_step, draw_states, name, lowest, ra
         count = TokenCount.batch(sequences=sequences, length=length, scored=answer)
         flops = step_flops(case.architecture, blocks, count=count, **decision)
         assert isinstance(flops, int)
-        assert flops == flops_of(lambda texts=texts: next_tokens(step, texts))
+        assert flops == flops_of(lambda texts=texts: name_tokens(step, texts))
         shape = {"sequences": sequences, "length": length, "scored": sequences * answer}
+        shape["padded"] = name in DECODERS  # an encoder makes a mask only where there is padding
         for backwards in (1, 2) if step.trained else (1,):
 
             def run(texts=texts, backwards=backwards):
-                next_tokens(step, texts) if backwards == 1 else learn(step, texts, 2)
+                name_tokens(step, texts) if backwards == 1 else learn(step, texts, 2)
 
             measured = step.peak_byte(run, texts.tensors)
             predicted = training_memory_byte(
@@ -80,7 +82,7 @@ def test_next_tokens_are_exact(subject, make_step, draw_states, name, lowest, ra
             assert abs(predicted - measured) <= BOUND * variable, (shape, backwards, variable)
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize("name", DECODERS)
 def test_logits_that_are_not_kept_are_not_counted(subject, name):
     """Hugging Face's own forward pass, with ``logits_to_keep`` by number and by position."""
     case = subject(name)
@@ -93,7 +95,7 @@ def test_logits_that_are_not_kept_are_not_counted(subject, name):
 
 
 @pytest.mark.parametrize("answer", [1, 2, 24])
-@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize("name", DECODERS)
 def test_sampling_is_exact_in_flops_and_bounded_in_memory(
     subject, make_step, draw_states, name, answer
 ):
@@ -170,7 +172,7 @@ def in_parts(scenario, step, reward_models):
     length, batch = scenario.model.max_tokens, training.batch_size
     if training.stage != "alignment":
         texts = Texts.draw(batch, length, answer=length - 1)
-        return [lambda: next_tokens(step, texts)], texts.tensors
+        return [lambda: name_tokens(step, texts)], texts.tensors
     if alignment.optimiser != "grpo":
         texts = Texts.draw(4 * batch, length, answer=length - 1)
         margins = [lambda m=m: read(m, 2 * batch, length) for m in reward_models]
@@ -313,10 +315,21 @@ def test_a_workload_that_lacks_what_the_stage_needs_is_refused(
         local_step(scenario, workload)
 
 
-def test_an_encoder_cannot_say_the_next_token(staged):
-    scenario = staged("minilm", "pretraining", {})
-    with pytest.raises(ModelError, match="head 'language' needs a model of the llama family"):
+@pytest.mark.parametrize("stage", ["instruction", "alignment"])
+def test_an_encoder_cannot_answer(staged, stage):
+    scenario = staged("bert_language", stage, {})
+    message = f"must name a causal language model .* for training.stage '{stage}', got .*'bert'"
+    with pytest.raises(ModelError, match=message):
         local_step(scenario, Workload.padded(scenario))
+
+
+def test_an_encoder_is_asked_for_what_was_masked(staged):
+    """Of twelve tokens a text two, though the workload that needs no data has eleven learned."""
+    scenario = staged("bert_language", "pretraining", {})
+    step = local_step(scenario, Workload.padded(scenario))
+    assert isinstance(step, Supervised)
+    assert step.scored == 3 * 2
+    assert (step.count.scored == 3 * 11).all()
 
 
 def test_classification_needs_classes(small):

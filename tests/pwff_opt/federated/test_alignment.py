@@ -268,7 +268,7 @@ def test_a_step_makes_rewarded_answers_likelier(scenario: Scenario, made: Made) 
 
         with torch.no_grad():
             packed, hidden = passes.own(lesson.tokens, ready)
-            scored = Scored(packed, lesson._starts)
+            scored = Scored.next_tokens(packed, lesson._starts)
             each = scored.sums(scored.log_probabilities(backbone, hidden)) / scored.counts
         return (each * lesson._advantages[0]).sum()
 

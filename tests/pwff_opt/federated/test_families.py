@@ -18,6 +18,7 @@ from transformers import (
 
 from pwff_opt.errors import ModelError
 from pwff_opt.federated.adapters import pool_by_mean
+from pwff_opt.federated.attention import Window
 from pwff_opt.federated.backbone import NOTHING, Backbone
 from pwff_opt.federated.tokens import Packed, Tokens, tokenise
 from pwff_opt.models import model_source
@@ -136,8 +137,12 @@ def test_a_window_of_attention_shorter_than_the_texts_is_refused(
         MistralConfig(**DECODER, sliding_window=8)
     ).save_pretrained(tmp_path)
     monkeypatch.setattr("pwff_opt.federated.backbone.pad_token_id", lambda _: 0)
-    with pytest.raises(ModelError, match=r"attention window \(8\), got 17"):
-        Backbone(str(tmp_path), family="llama", classes=2, pooling="model", max_tokens=17)
+    how = {"family": "llama", "classes": 2, "pooling": "model", "max_tokens": 17}
+    with pytest.raises(ModelError, match=r"attention window \(8\), unless .*; got 17"):
+        Backbone(str(tmp_path), **how)
+    with pytest.raises(ModelError, match=r"attention window \(8\), unless .*; got 17"):
+        Backbone(str(tmp_path), **how, window=Window(width=9, sinks=0))
+    Backbone(str(tmp_path), **how, window=Window(width=8, sinks=0))
 
 
 def test_more_tokens_than_positions_are_refused(

@@ -110,7 +110,7 @@ def test_every_device_answers_by_its_own_blocks(backbone: Backbone, prompts: Tok
             packed = Packed.of(so_far, [np.array([0])])
             with torch.inference_mode():
                 hidden = backbone.run(packed, stack, backbone.embed(packed))
-                logits = backbone.next_tokens(packed.last(hidden))
+                logits = backbone.tokens(packed.last(hidden))
             assert int(logits.argmax()) == token
             known = np.append(known, token)
     alone = generate(
@@ -147,7 +147,7 @@ def test_log_probabilities_of_answers(
     packed = Packed.of(prompts, [order[:3], order[3:]])
     with torch.inference_mode():
         hidden = backbone.run(packed, Stack([{}, {}], [1.0, 1.0]), backbone.embed(packed))
-        scored = Scored(packed, starts)
+        scored = Scored.next_tokens(packed, starts)
         sums = scored.sums(scored.log_probabilities(backbone, hidden))
         for place, (number, start) in enumerate(zip(order, starts, strict=True)):
             ids = text(prompts, number)
