@@ -330,10 +330,10 @@ def _print_front(run: RunFolder) -> None:
     table = Table(
         title="Energy-delay-accuracy front, a row a trained schedule", title_justify="left"
     )
-    confirmed = "accuracy_confirmed" in front
+    confirmed, judged = "accuracy_confirmed" in front, "probability_nondominated" in front
     table.add_column("schedule (rounds x rank:layers, lowest first)")
     headings = ["accuracy", "worst device", "chosen by", "delay (s)", "energy (J)"]
-    for heading in [*headings, *(["fresh seeds", "on front"] if confirmed else [])]:
+    for heading in [*headings, *["fresh seeds"] * confirmed, *["on front"] * judged]:
         table.add_column(heading, justify="right")
     for row in segments(front).itertuples():
         cells = [
@@ -345,20 +345,20 @@ def _print_front(run: RunFolder) -> None:
             f"{row.energy_max_j:.4g} … {row.energy_min_j:.4g}",
         ]
         if confirmed:
-            cells += [
-                _known("{:.3f}", row.accuracy_confirmed)
-                + _known(" ± {:.3f}", row.accuracy_confirmed_error),
-                _known("{:.0%}", row.probability_nondominated),
-            ]
+            cells.append(_known("{:.3f}", row.accuracy_confirmed))
+        if judged:
+            cells[-1] += _known(" ± {:.3f}", row.accuracy_confirmed_error)
+            cells.append(_known("{:.0%}", row.probability_nondominated))
         table.add_row(*cells)
     console.print(table)
     if confirmed:
         own = front.drop_duplicates("schedule")
-        if own["accuracy_confirmed_error"].isna().all():
-            console.print("one fresh seed says nothing of errors: --confirm 2 or more does")
+        told = "± its 95 % interval; on front: mean probability that a point of the row is not dominated"
+        if not judged:
+            told = "and one fresh seed says nothing of errors: --confirm 2 or more does"
         console.print(
-            "fresh seeds: mean test accuracy of trainings that chose nothing, ± its 95 % interval; on front: "
-            "mean probability that a point of the row is not dominated. The search took accuracies to be "
+            f"fresh seeds: mean test accuracy of trainings that chose nothing, {told}. The search took "
+            "accuracies to be "
             f"{(own['accuracy_chosen_by'] - own['accuracy_confirmed']).mean():+.3f} better than confirmed"
         )
     best = front[front["knee"]].iloc[0]

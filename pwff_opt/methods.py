@@ -1,7 +1,7 @@
 """Named ways to fine-tune in a federation: configurations of the one trainer, not forks of it.
 
-A :class:`Method` overrides ``[peft]`` and ``[aggregation]`` of a scenario and gives the schedule its
-shape, the same decision in every round::
+A :class:`Method` overrides ``[peft]`` and ``[aggregation]`` of a scenario (:data:`ALIGNMENTS` also
+``[alignment]`` and ``[model]``) and gives the schedule its shape, the same decision in every round::
 
     from pwff_opt.methods import apply, schedule
 
@@ -16,7 +16,7 @@ uploads, everything in ``[training]``. With adapters of width 16 and hidden size
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -48,6 +48,12 @@ class Method:
     """Of the LoRA, in turn over the devices; (0,): none."""
     all_layers: bool = False
     """Trains every layer, whatever depth is asked for."""
+    upper: int | None = None
+    """Trains so many of the upper layers, whatever depth is asked for."""
+    alignment: Mapping[str, Any] = field(default_factory=dict)
+    """Overrides of ``[alignment]``; a method that has any needs that stage."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Overrides of ``[model]``."""
 
     @property
     def peft(self) -> dict[str, Any]:
@@ -108,6 +114,21 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     }
 )
 
+ALIGNMENTS: Mapping[str, Method] = MappingProxyType(
+    {
+        # v1 names the parts: two reward models in one weighted reward, reinforcement learning with a penalty
+        # for leaving the global model (``aggregation.proximal``, the scenario's), sparse attention, the last
+        # layers. What is sparse about it, it does not say; here it is a window with sinks.
+        "pfit": Method(
+            text="PFIT of arXiv 2404.13238 v1: answers sampled, rewards weighted, sparse attention",
+            upper=2,
+            alignment={"optimiser": "grpo", "reconcile": "weighted"},
+            model={"attention_window": 16},
+        ),
+    }
+)
+"""Methods whose stage is alignment."""
+
 
 def named(method: Method | str) -> Method:
     """Return a method by its name, or as it is.
@@ -119,9 +140,10 @@ def named(method: Method | str) -> Method:
     """
     if isinstance(method, Method):
         return method
-    if method not in METHODS:
-        raise DecisionError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    return METHODS[method]
+    every = {**METHODS, **ALIGNMENTS}
+    if method not in every:
+        raise DecisionError(f"method must be one of {', '.join(every)}, got {method!r}")
+    return every[method]
 
 
 def apply(scenario: Scenario, method: Method | str) -> Scenario:
@@ -129,14 +151,26 @@ def apply(scenario: Scenario, method: Method | str) -> Scenario:
 
     The method's ranks are added to ``decisions.ranks`` where they are not in it, and ``rank_scope`` becomes
     what they need: most rules forbid ranks that differ.
+
+    Raises
+    ------
+    DecisionError
+        If there is no method of that name, or it aligns and the scenario's stage is another.
     """
     method = named(method)
+    if method.alignment and scenario.training.stage != "alignment":
+        raise DecisionError(
+            f"training.stage must be 'alignment' for a method that aligns ({method.text}), got "
+            f"{scenario.training.stage!r}"
+        )
     space = scenario.decisions
     missing = tuple(sorted(set(method.ranks) - set(space.ranks)))
     return replace(
         scenario,
         peft=replace(scenario.peft, **method.peft),
         aggregation=replace(scenario.aggregation, **method.aggregation),
+        alignment=replace(scenario.alignment, **method.alignment),
+        model=replace(scenario.model, **method.model),
         decisions=replace(
             space,
             ranks=space.ranks + missing,
@@ -151,15 +185,15 @@ def schedule(scenario: Scenario, method: Method | str, depth: int) -> Schedule:
     Raises
     ------
     DecisionError
-        If the model has fewer layers than ``depth``, or it is less than 1.
+        If the model has fewer layers than are to be trained, or ``depth`` is less than 1.
     """
     method = named(method)
     source = model_source(scenario.model.source, folder=scenario.folder)
     # The number of layers does not depend on that of the classes.
     layers = Architecture.from_config(model_config(source), classes=2).layers
+    depth = layers if method.all_layers else method.upper or depth
     if not 1 <= depth <= layers:
         raise DecisionError(f"depth must be in 1..{layers}, the layers of the model, got {depth}")
-    depth = layers if method.all_layers else depth
     state = LayerState.AGGREGATED if method.letter == "a" else LayerState.PERSONAL
     devices = range(len(scenario.devices))
     decision = RoundDecision(

@@ -56,8 +56,8 @@ class Front:
     the half width of its 95 % interval, by the variance between seeds, pooled over schedules;
     probability_nondominated the share of draws of all accuracies in which no other point of the front
     is better in energy, delay and accuracy. In them, cuts of one training err together as far as they
-    did with the fresh seeds. One fresh seed says nothing of errors (NaN), and where all failed, nothing
-    at all. What data were drawn is the same for all seeds.
+    did with the fresh seeds. One fresh seed says nothing of errors: the last two columns are not there
+    then, nor where all trainings failed. What data were drawn is the same for all seeds.
     """
 
     points: pd.DataFrame
@@ -128,7 +128,8 @@ def pareto_front(
     Raises
     ------
     InfeasibleError
-        If nothing that was trained meets the scenario's thresholds.
+        If nothing that was trained meets the scenario's thresholds; before anything is trained, if
+        nothing can.
     """
     for name, value, least in (
         ("trainings", trainings, 1),
@@ -139,6 +140,7 @@ def pareto_front(
             raise DecisionError(f"{name} must be a whole number of at least {least}, got {value!r}")
     executor = executor or _Here()
     planner = Planner(scenario, evaluator.workload)
+    planner.require_attainable()
     searcher = SEARCHERS[scenario.search.method](planner)
     budget = _Rounds(trainings, scenario.training.rounds)
     found: list[tuple[Evaluation, Curve]] = []
@@ -361,8 +363,10 @@ def _confirmed(
     progress(Progress(stage="confirm", done=total, total=total, text=""))
     spread = _Spread.of(scores, training)
     place = points["schedule"].map({text: n for n, text in enumerate(schedules)}).to_numpy()
+    points = points.assign(accuracy_confirmed=spread.mean[place])
+    if not spread.freedom:  # nothing says how seeds differ
+        return points
     return points.assign(
-        accuracy_confirmed=spread.mean[place],
         accuracy_confirmed_error=spread.half_width[place],
         probability_nondominated=_probability(points, spread, place, scenario),
     )
@@ -449,9 +453,7 @@ class _Spread:
 
     @property
     def half_width(self) -> FloatArray:
-        """Half the 95 % interval of the mean, [cut]; NaN where nothing says how seeds differ."""
-        if not self.freedom:
-            return np.full(len(self.mean), np.nan)
+        """Half the 95 % interval of the mean, [cut]; NaN where no seed succeeded."""
         std = np.sqrt(self.common + self.together + self.alone)
         error = std / np.sqrt(np.maximum(self.seeds, 1))
         return np.where(self.seeds > 0, t.ppf(0.975, self.freedom) * error, np.nan)

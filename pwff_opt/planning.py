@@ -5,6 +5,7 @@ No torch is needed here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -290,6 +291,47 @@ class Planner:
                 f"{error}; nothing asks for less: it trains the head alone"
             ) from None
         return fitting
+
+    def require_attainable(self) -> None:
+        """Refuse limits of energy and delay that not even the cheapest schedule can meet.
+
+        That is the one with all layers frozen, cut after the first validated round: every other one
+        computes and sends at least as much. Where no layer may be frozen nothing is refused.
+
+        Raises
+        ------
+        InfeasibleError
+            Naming the limit, and the least there is.
+        """
+        scenario, limits = self.scenario, self.scenario.thresholds
+        if "frozen" not in scenario.decisions.layer_states:
+            return
+        decision = RoundDecision(
+            ranks=(min(scenario.decisions.ranks),) * self.codec.devices,
+            states=(LayerState.FROZEN,) * self.codec.layers,
+        )
+        rounds = scenario.training.validated[0]
+        cheapest = Schedule(rounds=(decision,) * rounds)
+        shortest = self.plan(cheapest, price_of_time_w=math.inf)
+        what = f"{cheapest}, which costs least, takes"
+        if limits.delay_max_s is not None and limits.delay_max_s < shortest.delay_s:
+            raise InfeasibleError(
+                f"thresholds.delay_max_s must leave some schedule possible: {what} at least "
+                f"{shortest.delay_s:.4g} s, got {limits.delay_max_s:g}"
+            )
+        if limits.energy_max_j is None:
+            return
+        # With no limit of its own, so long that waiting longer would save nothing.
+        delay_s = limits.delay_max_s or 1e4 * shortest.delay_s
+        least = self.plan(cheapest, delay_max_s=delay_s).energy_j
+        if limits.energy_max_j < least:
+            within = f" within thresholds.delay_max_s {delay_s:g} s" * (
+                limits.delay_max_s is not None
+            )
+            raise InfeasibleError(
+                f"thresholds.energy_max_j must leave some schedule possible: {what} at least "
+                f"{least:.4g} J{within}, got {limits.energy_max_j:g}"
+            )
 
     def first_generation(self) -> NDArray[np.int64]:
         """Return the genomes the search starts from: plain ways to fine-tune, then random ones.

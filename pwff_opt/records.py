@@ -68,7 +68,13 @@ TABLES: Mapping[str, Mapping[str, type]] = {
     | {"schedule": str, "knee": bool},
     "evaluations.parquet": {"key": str, "schedule": str, "rounds": int, "seed": int, "status": str},
     "rounds.parquet": {"key": str, "round": int, "device": int},
-    "tests.parquet": {"key": str, "device": int, "accuracy_test": float},
+    "tests.parquet": {
+        "key": str,
+        "schedule": str,
+        "seed": int,
+        "device": int,
+        "accuracy_test": float,
+    },
 }
 
 
@@ -286,15 +292,10 @@ class Journal:
         ]
         self._known = {row["key"]: row for row in self._evaluations if row["status"] == "done"}
         self._rounds = [row for row in _records(rounds) if row["key"] in self._known]
-        tests = folder.table("tests.parquet")
-        self._tests: dict[str, tuple[float, ...]] = (
-            {}
-            if tests is None
-            else {
-                str(key): tuple(map(float, own.sort_values("device")["accuracy_test"]))
-                for key, own in tests.groupby("key")
-            }
-        )
+        self._test_rows = _records(folder.table("tests.parquet"))
+        self._tests: dict[str, list[float]] = {}
+        for row in self._test_rows:  # device after device
+            self._tests.setdefault(row["key"], []).append(row["accuracy_test"])
 
     @property
     def workload(self) -> Workload:
@@ -410,14 +411,20 @@ class Journal:
         if key not in self._tests:
             found = self._evaluator.test(schedule)
             with self._lock:
-                self._tests[key] = found
-                rows = [
-                    {"key": known, "device": device, "accuracy_test": accuracy}
-                    for known, scores in self._tests.items()
-                    for device, accuracy in enumerate(scores)
+                self._tests[key] = list(found)
+                seed = self._scenario.seeds.training
+                self._test_rows += [
+                    {
+                        "key": key,
+                        "schedule": str(schedule),
+                        "seed": seed,
+                        "device": device,
+                        "accuracy_test": accuracy,
+                    }
+                    for device, accuracy in enumerate(found)
                 ]
-                self._folder.write_table("tests.parquet", pd.DataFrame(rows))
-        return self._tests[key]
+                self._folder.write_table("tests.parquet", pd.DataFrame(self._test_rows))
+        return tuple(self._tests[key])
 
     def _append(self, evaluation: Evaluation) -> None:
         last = evaluation.rounds[-1].accuracy if evaluation.rounds else ()

@@ -14,6 +14,8 @@ of whose users care for helpful answers and three for safe ones, from scratch an
 ``sampled``       answers sampled by the device's own model (GRPO)
 ``fedavg``        adapters and LoRA averaged: one model for all; ``sampled-fedavg`` by sampled answers
 ``local``         nothing is sent
+``pfit``          PFIT of the paper's first version (:mod:`pwff_opt.methods`): answers sampled, the weighted
+                  sum of the rewards, attention to 16 tokens and the first four, the upper two layers
 
 What is measured, on the test prompts of all devices together: ``reward_AXIS``, the mean reward of a device's
 likeliest answers; ``win_AXIS``, how often it beats the reference model's; ``preferred_AXIS``, the probability
@@ -45,7 +47,7 @@ import pandas as pd
 import torch
 from transformers import AutoTokenizer
 
-from pwff_opt import Planner, Scenario, Schedule, read_scenario
+from pwff_opt import Planner, Scenario, Schedule, methods, read_scenario
 from pwff_opt.errors import PwffError
 from pwff_opt.evaluation import learning_key
 from pwff_opt.federated.backbone import NOTHING
@@ -75,8 +77,12 @@ class Variant:
     """Of all users; None: as the scenario has it."""
     letters: str = "pa"
     """States of the lower and the upper half of the trained layers."""
+    method: str = ""
+    """Of :mod:`pwff_opt.methods`, which says all the rest; empty: none."""
 
     def applied(self, scenario: Scenario) -> Scenario:
+        if self.method:
+            return methods.apply(scenario, self.method)
         devices = scenario.devices
         if self.helpfulness is not None:
             devices = tuple(replace(own, helpfulness=self.helpfulness) for own in devices)
@@ -88,6 +94,8 @@ class Variant:
         )
 
     def schedule(self, scenario: Scenario, layers: int) -> Schedule:
+        if self.method:
+            return methods.schedule(scenario, self.method, DEPTH)
         lower = DEPTH // 2
         states = "f" * (layers - DEPTH) + self.letters[0] * lower
         states += self.letters[1] * (DEPTH - lower)
@@ -110,6 +118,7 @@ VARIANTS: Mapping[str, Variant] = {
         letters="aa", aggregation={"lora": "fedit"}, alignment={"optimiser": "grpo"}
     ),
     "local": Variant(letters="pp"),
+    "pfit": Variant(method="pfit"),
 }
 
 

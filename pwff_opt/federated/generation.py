@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,9 @@ from numpy.typing import NDArray
 from pwff_opt.federated.attention import Around
 from pwff_opt.federated.backbone import Backbone, Stack, Start
 from pwff_opt.federated.tokens import Indices, Packed, Tokens
+from pwff_opt.federated.workers import out_of_memory
+
+logger = logging.getLogger(__name__)
 
 LEFT_BEHIND = 0.25  # share of a batch that is over, from which on copying the rest is less work
 
@@ -28,6 +33,8 @@ def generate(
 ) -> list[Indices]:
     """Return an answer to each prompt, device after device, its end included where it came to one.
 
+    Where memory does not suffice for all prompts together, they are answered in halves.
+
     Parameters
     ----------
     backbone : with a head over its vocabulary, of the llama family.
@@ -38,6 +45,34 @@ def generate(
     draws : [prompt, longest], evenly in [0, 1): the tokens are drawn by them, from the model's
         distribution at ``temperature``. None: always the likeliest token.
     """
+    how: dict[str, Any] = {"longest": longest, "stop": stop, "temperature": temperature}
+    try:
+        return _together(backbone, stack, prompts, batches, draws=draws, **how)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error) or max(map(len, batches)) < 2:
+            raise
+    logger.warning("out of memory: %d prompts are now answered in halves", sum(map(len, batches)))
+    parts = []
+    owners = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
+    later = np.concatenate([np.arange(len(batch)) >= len(batch) / 2 for batch in batches])
+    for half in (~later, later):
+        own = [prompt[half[owners == k]] for k, prompt in enumerate(batches)]
+        drawn = None if draws is None else draws[half]
+        parts.append(iter(generate(backbone, stack, prompts, own, draws=drawn, **how)))
+    return [next(parts[half]) for half in later.astype(int)]
+
+
+def _together(
+    backbone: Backbone,
+    stack: Stack,
+    prompts: Tokens,
+    batches: Sequence[Indices],
+    *,
+    longest: int,
+    stop: int,
+    draws: NDArray[np.float64] | None,
+    temperature: float,
+) -> list[Indices]:
     device = backbone.device
     with torch.inference_mode():
         packed = Packed.of(prompts, batches, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pwff_opt import Planner, Scenario, Schedule, Workload
+from pwff_opt import Planner, Scenario, Schedule, Workload, read_scenario
 from pwff_opt.errors import DecisionError
 from pwff_opt.evaluation import learning_key
-from pwff_opt.methods import METHODS, Method, apply, schedule
+from pwff_opt.methods import ALIGNMENTS, METHODS, Method, apply, schedule
 from pwff_opt.scenario import Aggregation, Data, Peft
+from pwff_opt.scenario_io import resolved
 
 
 def uplink(scenario: Scenario, name: str) -> np.ndarray:
@@ -149,3 +151,54 @@ def test_methods_go_by_their_names(small: Scenario) -> None:
     assert schedule(small, "pwff", 2) == schedule(small, METHODS["pwff"], 2)
     with pytest.raises(DecisionError, match=r"method must be one of pwff, .* got 'fedprox'"):
         apply(small, "fedprox")
+
+
+# -- alignment --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALIGNMENTS)
+def test_methods_that_align_are_configurations(name: str) -> None:
+    given = read_scenario("alignment")
+    changed = apply(given, name)
+    assert changed != given
+    for table in ("cell", "devices", "data", "training", "seeds", "thresholds"):
+        assert getattr(changed, table) == getattr(given, table)
+    assert apply(changed, name) == changed
+    assert resolved(changed)["alignment"] == resolved(given)["alignment"] | dict(
+        ALIGNMENTS[name].alignment
+    )
+
+
+def test_pfit_is_what_its_paper_names(tmp_path: Path) -> None:
+    """Two rewards in one, sampled answers, sparse attention, the upper two layers; less work than without."""
+    config = {
+        "model_type": "llama",
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = read_scenario("alignment")
+    given = replace(given, model=replace(given.model, source=str(tmp_path)))
+    changed = apply(given, "pfit")
+    own = changed.alignment
+    assert (own.optimiser, own.reconcile) == ("grpo", "weighted")
+    assert 0 < changed.model.attention_window < changed.model.max_tokens
+    plan = schedule(changed, "pfit", 4)
+    assert str(plan) == "4x8:ffaa"
+    full = replace(changed, model=given.model)
+    costs = [Planner(s, Workload.padded(s)).costs.demand(plan) for s in (changed, full)]
+    assert (costs[0].work_cycles < costs[1].work_cycles).all()
+    assert (costs[0].payload_bit == costs[1].payload_bit).all()
+
+
+def test_a_method_that_aligns_needs_that_stage(small: Scenario) -> None:
+    with pytest.raises(DecisionError, match=r"training\.stage must be 'alignment' .*got 'class"):
+        apply(small, "pfit")
+
+
+def test_a_method_that_needs_more_layers_is_refused(small: Scenario) -> None:
+    with pytest.raises(DecisionError, match=r"depth must be in 1\.\.3, .* got 5"):
+        schedule(small, Method(text="five", upper=5), 2)

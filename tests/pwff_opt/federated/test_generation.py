@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,36 @@ def prompts() -> Tokens:
     lengths = [5, 2, 9, 1, 5, 7]
     ids = rng.integers(8, 60, sum(lengths))
     return Tokens(ids=ids, offsets=np.concatenate([[0], np.cumsum(lengths)]), pad_id=0)
+
+
+def test_out_of_memory_halves_the_prompts_and_changes_no_answer(
+    backbone: Backbone, prompts: Tokens, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    batches = [np.array([0, 1, 2]), np.array([3]), np.array([4, 5, 0, 2])]
+    stack = Stack([{}] * 3, [1.0] * 3)
+    how: dict[str, Any] = {
+        "longest": 6,
+        "stop": STOP,
+        "draws": np.random.default_rng(1).random((8, 6)),
+    }
+    expected = generate(backbone, stack, prompts, batches, **how)
+    through = Backbone.run
+    most = []
+
+    def short_of_memory(self: Backbone, packed: Packed, *rest: Any, **more: Any) -> torch.Tensor:
+        if max(packed.sequence_counts) > 1:
+            torch.empty(10**15)  # what torch itself says when memory runs out
+        most.append(packed.sequences)
+        return through(self, packed, *rest, **more)
+
+    monkeypatch.setattr(Backbone, "run", short_of_memory)
+    found = generate(backbone, stack, prompts, batches, **how)
+    assert [answer.tolist() for answer in found] == [answer.tolist() for answer in expected]
+    assert "answered in halves" in caplog.text
+    assert max(most) <= 3
+    monkeypatch.setattr(Backbone, "run", lambda *_, **__: torch.empty(10**15))
+    with pytest.raises(RuntimeError, match="allocate memory"):  # one prompt a device, and no more
+        generate(backbone, stack, prompts, [batch[:1] for batch in batches], longest=6, stop=STOP)
 
 
 def text(tokens: Tokens, number: int) -> torch.Tensor:
