@@ -106,7 +106,7 @@ class Features:
         """Return the start at ``level`` of one batch for each device, whose blocks are ``blocks``."""
         hidden, projected = [], []
         for device, batch, own, scale in zip(devices, batches, blocks, scales, strict=True):
-            below = {name: t for name, t in own.items() if _is_below(name, level)}
+            below = {name: t for name, t in own.items() if is_below(name, level)}
             stack = Stack([below], [scale], common_scale=common_scale) if below else NOTHING
             if below and (self._owner[batch] != device).any():
                 x, p = self._computed(level, batch, stack, below)
@@ -244,7 +244,7 @@ def _file(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         )
 
 
-def _is_below(name: str, level: Level) -> bool:
+def is_below(name: str, level: Level) -> bool:
     """Return whether a block acts before a level."""
     layer = layer_of(name)
     if layer is None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from pwff_opt.federated.backbone import NOTHING, Backbone, Stack, Start
 from pwff_opt.federated.blocks import Tensors
-from pwff_opt.federated.features import Features, Level
+from pwff_opt.federated.features import Features, Level, is_below
 from pwff_opt.federated.tokens import Indices, Packed, Tokens
+
+REMEMBERED_TOKENS = 8192  # a step's sampled answers, with room to spare
 
 
 class Passes:
@@ -48,7 +51,11 @@ class Passes:
 
 
 class CachedPasses(Passes):
-    """The same from cached activations, for the sequences that ``features`` has.
+    """The same from cached activations.
+
+    Those of the data are in ``features``. Other sequences, answers sampled just now, are gone through several
+    times in a row, by the device's model and by the reference: what the latest of them are below ``level``
+    is remembered.
 
     Parameters
     ----------
@@ -73,10 +80,20 @@ class CachedPasses(Passes):
         super().__init__(backbone, devices, stack)
         self._features, self._level = features, level
         self._blocks, self._scales, self._common_scale = blocks, scales, common_scale
+        self._bare = not any(is_below(name, level) for own in blocks for name in own)
+        """Whether the devices' models are the frozen one, below ``level``."""
+        self._latest: Tokens | None = None
+        self._starts: dict[bytes, Start] = {}
+        """Of ``_latest``, by sequences."""
 
     def base(self, tokens: Tokens, sequences: Indices) -> tuple[Packed, torch.Tensor]:
         if tokens is not self._features.tokens:
-            return super().base(tokens, sequences)
+            if not self._bare:
+                return super().base(tokens, sequences)
+            packed = Packed.of(tokens, [sequences], device=self.backbone.device)
+            with torch.inference_mode():
+                start = self._remembered(tokens, sequences, packed)
+                return packed, self.backbone.run(packed, NOTHING, start)
         top = Level(self.backbone.layer_count)
         with torch.inference_mode():
             start = self._features.start(top, self.devices[:1], [sequences], [{}], [1.0], 1.0)
@@ -87,7 +104,27 @@ class CachedPasses(Passes):
 
     def _start(self, tokens: Tokens, batches: Sequence[Indices], packed: Packed) -> Start:
         if tokens is not self._features.tokens:
-            return super()._start(tokens, batches, packed)
+            return self._remembered(tokens, np.concatenate(batches), packed)
         return self._features.start(
             self._level, self.devices, batches, self._blocks, self._scales, self._common_scale
         )
+
+    def _remembered(self, tokens: Tokens, sequences: Indices, packed: Packed) -> Start:
+        """Return the start at ``level`` of sequences that ``features`` does not have."""
+        known = sum(len(start.hidden) for start in self._starts.values())
+        if tokens is not self._latest or known > REMEMBERED_TOKENS:
+            self._latest, self._starts = tokens, {}
+        key = sequences.tobytes()
+        if key not in self._starts:
+            level = self._level
+            # Not in inference mode: a backward pass may read it later.
+            with torch.inference_mode(False), torch.no_grad():
+                hidden = self.backbone.run(
+                    packed,
+                    self.stack,
+                    self.backbone.embed(packed),
+                    stop=level.layer,
+                    completed=level.completed,
+                )
+            self._starts[key] = Start(layer=level.layer, hidden=hidden, completed=level.completed)
+        return self._starts[key]

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -282,6 +283,9 @@ def test_a_front_is_confirmed_and_certified(
     assert front[before.columns].equals(before), "confirmation chooses nothing"
     assert front["accuracy_confirmed"].between(0, 1).all()
     assert front["probability_nondominated"].between(0, 1).all()
+    tests = pd.read_parquet(out / "tests.parquet").query("seed == 1").groupby("schedule")
+    means = front["schedule"].map(tests["accuracy_test"].mean())
+    np.testing.assert_allclose(means, front["accuracy"], rtol=1e-12)
     seeds = pd.read_parquet(out / "evaluations.parquet").groupby("seed").size()
     schedules = front["schedule"].nunique()
     assert seeds.to_dict() == {1: TRAININGS, 2: schedules, 3: schedules}

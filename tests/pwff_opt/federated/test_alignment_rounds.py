@@ -33,6 +33,7 @@ from pwff_opt.federated import products
 from pwff_opt.federated.backbone import Backbone, Stack
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.exchange import Exchange
+from pwff_opt.federated.families import Ends
 from pwff_opt.federated.features import Features, Level
 from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.rewards import Pairs, Reader, RewardModel
@@ -222,26 +223,34 @@ def test_the_reference_is_the_frozen_model_also_in_a_later_session(
 
 
 @pytest.mark.parametrize("seed", [1, 5])
+@pytest.mark.parametrize("text", ["1x2:ppp", "1x2:fpp", "1x2:ppp 1x2:ffp"])
 def test_sampled_answers_are_learned_from_as_torch_alone_would(
-    scenario: Scenario, tmp_path: Path, seed: int
+    scenario: Scenario, tmp_path: Path, seed: int, text: str
 ) -> None:
     """The weighted sum of both losses, one backward pass and torch's AdamW; losses have a test by hand.
 
-    With another seed the evaluator shares model, data and rewards, and draws other answers.
+    With another seed the evaluator shares model, data and rewards, and draws other answers. What is below
+    the layers that learn is remembered from one update to the next, whether blocks act there or not.
     """
     evaluator = FederatedEvaluator(variant(scenario, optimiser="grpo", updates=2), tmp_path)
     evaluator = evaluator.with_seed(seed)
     trainer, stage = evaluator.trainer, stage_of(evaluator)
-    (decision,) = Schedule.parse("1x2:ppp", devices=3).rounds
-    present = (True,) * 3
-    ours, _ = trainer.round(trainer.initial(), 0, decision, present)
+    schedule = Schedule.parse(text, devices=3)
+    number, decision, present = len(schedule) - 1, schedule.rounds[-1], schedule.present[-1]
+    start = trainer.initial()
+    for before in range(number):
+        start, _ = trainer.round(start, before, schedule.rounds[before], schedule.present[before])
+    ours, _ = trainer.round(start, number, decision, present)
     for device, helpfulness in enumerate(HELPFULNESS):
-        own = trainer._prepared(trainer.initial().devices[device], 2, present, 0, device)
-        own = {name: tensor.clone().requires_grad_(True) for name, tensor in own.items()}
+        own = trainer._prepared(start.devices[device], 2, present, number, device)
+        exchange = Exchange(scenario, number, decision)
+        own = {n: t.clone().requires_grad_(exchange.learns(n)) for n, t in own.items()}
         passes = Passes(evaluator.material.backbone, [device], Stack([own], [2.0]))
-        optimiser = torch.optim.AdamW(own.values(), lr=0.01, weight_decay=0.01)
-        for step, batch in enumerate(trainer.batches(0, device)):
-            lesson, ready = stage.lesson([batch], passes, seed=seed, round=0, step=step)
+        learning = [tensor for tensor in own.values() if tensor.requires_grad]
+        assert 0 < len(learning) == (len(own) if number == 0 else len(own) // 3)
+        optimiser = torch.optim.AdamW(learning, lr=0.01, weight_decay=0.01)
+        for step, batch in enumerate(trainer.batches(number, device)):
+            lesson, ready = stage.lesson([batch], passes, seed=seed, round=number, step=step)
             for _ in range(2):
                 help_loss, safe_loss = (
                     loss.each.sum() / 2 for loss in lesson.losses(ready, passes)
@@ -530,3 +539,26 @@ def test_the_loss_of_pairs_is_that_of_trl(scenario: Scenario, tmp_path: Path) ->
             theirs = float(trainer.compute_loss(trainer.model, given))
         assert ours[axis] == pytest.approx(theirs, rel=1e-5)
         assert abs(theirs - math.log(2)) > 1e-3
+
+
+@pytest.mark.parametrize(("text", "times"), [("1x2:ffp", 1), ("1x2:ppp 1x2:ffp", 2)])
+def test_frozen_layers_read_a_sampled_answer_once(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, times: int
+) -> None:
+    """For all updates and the reference; where blocks act below, that is another model there."""
+    evaluator = FederatedEvaluator(variant(scenario, optimiser="grpo"), tmp_path)
+    schedule = Schedule.parse(text, devices=3)
+    evaluator.train(schedule)
+    passes, stage = evaluator.model(schedule, 0), stage_of(evaluator)
+    batch = evaluator.material.shards[0].train[:2]
+    lesson, ready = stage.lesson([batch], passes, seed=1, round=0, step=0)
+    tokens: Tokens = lesson.tokens  # type: ignore[attr-defined]
+    plain = Passes(passes.backbone, passes.devices, passes.stack)
+    expected = [plain.own(tokens, ready)[1], plain.base(tokens, ready[0])[1]]
+    embedded = []
+    through = Ends.embed
+    monkeypatch.setattr(Ends, "embed", lambda *own: embedded.append(1) or through(*own))
+    for _ in range(3):
+        assert torch.equal(passes.own(tokens, ready)[1], expected[0])
+    assert torch.equal(passes.base(tokens, ready[0])[1], expected[1])
+    assert len(embedded) == times
