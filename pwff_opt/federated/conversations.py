@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pwff_opt.errors import DataError
 from pwff_opt.federated.data import Corpus, gather
 from pwff_opt.federated.packages import read_bytes
-from pwff_opt.federated.tables import filled, read_table, refuse_rows
+from pwff_opt.federated.tables import FOLDER, filled, read_table, refuse_rows
 from pwff_opt.scenario import Data
 
 AXES = ("helpfulness", "safety")
@@ -84,7 +84,8 @@ def load_preferences(data: Data, *, folder: Path) -> Preferences:
 
     Where there is no column of prompts, answers are whole dialogues in the manner of HH-RLHF (Bai et al.
     2022, arXiv 2204.05862): what both have in common, up to the last "Assistant:", is the prompt. A pair
-    that comes again is left out.
+    that comes again is left out. HH-RLHF and PKU-SafeRLHF (Ji et al. 2023, arXiv 2307.04657) are read as they
+    are published; pairs of theirs without an answer or a difference are left out.
 
     Raises
     ------
@@ -94,7 +95,7 @@ def load_preferences(data: Data, *, folder: Path) -> Preferences:
     """
     if data.source == "stereoset":
         return _stereoset()
-    read = read_table(data, folder=folder)
+    read = _published(read_table(data, folder=folder), data)
     columns = [data.chosen_column, data.rejected_column, data.axis_column]
     dialogues = data.prompt_column not in read.columns
     columns += [] if dialogues else [data.prompt_column]
@@ -146,7 +147,52 @@ def _preferences(pairs: pd.DataFrame) -> Preferences:
     )
 
 
-# -- Dialogues, as in HH-RLHF -----------------------------------------------------------------------
+# -- As published -----------------------------------------------------------------------------------
+
+_BETTER = {"helpfulness": "better_response_id", "safety": "safer_response_id"}
+"""Columns of PKU-SafeRLHF: which of two responses is the better one on an axis."""
+
+_FOLDERS = {"helpful": "helpfulness", "harmless": "safety"}
+"""How folders of HH-RLHF begin: "helpful-base", "harmless-base" and others; the rest holds no pairs."""
+
+
+def _published(read: pd.DataFrame, data: Data) -> pd.DataFrame:
+    """Return the columns that a scenario names, of a data set that says the same in other ones."""
+    told, named = set(read.columns), (data.chosen_column, data.rejected_column)
+    if {"prompt", "response_0", "response_1", *_BETTER.values()} <= told:
+        both = read[["response_0", "response_1"]].to_numpy(object)
+        rows = np.arange(len(read))
+        parts = []
+        for axis, column in _BETTER.items():
+            better = read[column].astype(int).to_numpy()
+            part = pd.DataFrame({data.prompt_column: read["prompt"], data.axis_column: axis})
+            for name, which in zip(named, (better, 1 - better), strict=True):
+                part[name] = both[rows, which]
+            parts.append(part)
+        # The pairs of a row together, as it stands.
+        pairs = pd.concat(parts).sort_index(kind="stable", ignore_index=True)
+        return _clean(pairs, named)
+    if data.axis_column not in told and FOLDER in told and {*named} <= told:
+        axes = read[FOLDER].astype(str).str.split("-").str[0].map(_FOLDERS)
+        pairs = read.assign(**{data.axis_column: axes})[axes.notna()].reset_index(drop=True)
+        if data.prompt_column not in told:
+            pairs = pairs[[_divides(*pair) for pair in pairs[[*named]].itertuples(index=False)]]
+        return _clean(pairs, named)
+    return read
+
+
+def _clean(pairs: pd.DataFrame, named: tuple[str, str]) -> pd.DataFrame:
+    """Return the pairs that have two answers, which differ."""
+    chosen, rejected = (pairs[name].astype(str).str.strip() for name in named)
+    return pairs[(chosen != "") & (rejected != "") & (chosen != rejected)].reset_index(drop=True)
+
+
+def _divides(chosen: str, rejected: str) -> bool:
+    """Return whether two dialogues begin alike, up to an answer that either has."""
+    end = commonprefix([chosen, rejected]).rfind(_ASSISTANT)  # noqa: RUF071  (texts, not paths)
+    answers = [text[end + len(_ASSISTANT) :].strip() for text in (chosen, rejected)]
+    return end >= 0 and all(answers)
+
 
 _HUMAN, _ASSISTANT = "Human:", "\n\nAssistant:"
 

@@ -17,6 +17,9 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
     return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
 
 
+FOLDER = "folder"
+"""Column that is added to a table of several files: the folder that a row's file is in, if in any."""
+
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     # As written: no "None" becomes missing, no "01" becomes 1.
     ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
@@ -88,7 +91,11 @@ def _read_tables(path: Path) -> pd.DataFrame:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     tables = [(file, _reader(file)) for file in files if file.is_file()]
     try:
-        read = [reader(file) for file, reader in tables if reader is not None]
+        read = [
+            _with_folder(reader(file), file.relative_to(path).parts if path.is_dir() else ())
+            for file, reader in tables
+            if reader is not None
+        ]
     except (ValueError, OSError, EOFError) as error:
         raise DataError(f"data.path {str(path)!r} could not be read: {error}") from error
     if not read:
@@ -96,6 +103,12 @@ def _read_tables(path: Path) -> pd.DataFrame:
             f"data.path must name a {', '.join(_READERS)} file or a folder of them, got {str(path)!r}"
         )
     return pd.concat(read, ignore_index=True)
+
+
+def _with_folder(table: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:
+    if len(parts) < 2 or FOLDER in table.columns:
+        return table
+    return table.assign(**{FOLDER: parts[0]})
 
 
 def _read_hub(name: str) -> pd.DataFrame:

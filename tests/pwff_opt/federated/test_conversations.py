@@ -83,6 +83,60 @@ def test_dialogues_share_their_beginning(tmp_path: Path) -> None:
     assert got.rejected == ("No idea.", "Sorry?")
 
 
+def test_hh_rlhf_is_read_as_it_is_published(tmp_path: Path) -> None:
+    """Axes are folders, some of which hold other things; a few dialogues end without an answer."""
+    start = "\n\nHuman: Is it safe?\n\nAssistant:"
+    folders = {
+        "helpful-base": [
+            {"chosen": f"{start} It is.", "rejected": f"{start} Hm."},
+            {"chosen": f"{start} It is.", "rejected": f"{start} "},
+        ],
+        "helpful-online": [{"chosen": f"{start} Yes.", "rejected": f"{start} No."}],
+        "harmless-base": [
+            {"chosen": f"{start} Ask her.", "rejected": f"{start} Of course!"},
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+            {"chosen": f"{start} Same.", "rejected": f"{start} Same."},
+        ],
+        "red-team-attempts": [{"transcript": f"{start} No.", "rating": 1}],
+    }
+    for name, rows in folders.items():
+        (tmp_path / "hh" / name).mkdir(parents=True)
+        text = "\n".join(map(json.dumps, rows))
+        (tmp_path / "hh" / name / "train.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    got = load_preferences(replace(FILE, path="hh"), folder=tmp_path)
+    assert got.prompts == ("Is it safe?",) * 3
+    assert got.chosen == ("Ask her.", "It is.", "Yes.")
+    assert got.rejected == ("Of course!", "Hm.", "No.")
+    assert [AXES[n] for n in got.axes] == ["safety", "helpfulness", "helpfulness"]
+
+
+def test_safe_rlhf_is_read_as_it_is_published(tmp_path: Path) -> None:
+    """Two answers to a prompt, of which one is more helpful and one, perhaps the other, is safer."""
+    rows = [
+        {
+            "prompt": "How?",
+            "response_0": "So.",
+            "response_1": "Better not.",
+            "is_response_0_safe": False,
+            "better_response_id": 0,
+            "safer_response_id": 1,
+        },
+        {
+            "prompt": "Why?",
+            "response_0": "Because.",
+            "response_1": "Because. ",
+            "better_response_id": 1,
+            "safer_response_id": 1,
+        },
+    ]
+    _write(tmp_path, rows)
+    got = load_preferences(FILE, folder=tmp_path)
+    assert got.prompts == ("How?", "How?")
+    assert got.chosen == ("So.", "Better not.")
+    assert got.rejected == ("Better not.", "So.")
+    assert [AXES[n] for n in got.axes] == ["helpfulness", "safety"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
