@@ -52,6 +52,7 @@ TITLES = {
     "fedavg": "one model for all",
     "sampled-fedavg": "one model, sampled",
     "local": "local alone",
+    "pfit": "PFIT (v1)",
 }
 
 

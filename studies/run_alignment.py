@@ -22,12 +22,14 @@ likeliest answers; ``win_AXIS``, how often it beats the reference model's; ``pre
 that someone who cares for this axis alone prefers it; ``liking``, the same for the device's own user, and
 ``liking_of_others``, for a user of the opposite weights; ``perplexity`` on pages of the web that nothing was
 trained on (what was forgotten).  Means of the rounds: ``conflict``, ``stationarity`` (see
-``pwff_opt.federated.reconcile``), ``loss_spread``, the standard deviation of the loss between devices.
+``pwff_opt.federated.reconcile``), ``loss_spread``, the standard deviation of the loss between devices; and
+``weight_unrest``, the standard deviation over rounds of what the gradient of helpfulness weighs.
 Costs are those of the least-energy plan within a deadline common to all variants, 1.5 times the longest of
 their shortest delays.
 
 Run ``python studies/run_alignment.py --out runs/alignment``; it writes ``alignment.csv``, a row a variant,
-seed and device, as trainings end (killed and run again, it goes on where it was), and ``summary.csv``.
+seed and device, as trainings end (killed and run again, it goes on where it was), ``rounds.csv``, what
+every round told of each device, and ``summary.csv``.
 ``studies/fig_alignment.py`` draws it.  StereoSet's pairs are of one sentence, its "helpfulness" is relevance,
 and the reward models are small: numbers say how the method behaves, not how good an assistant is.
 """
@@ -131,6 +133,10 @@ class Study:
         self.rows: list[dict[str, Any]] = (
             pd.read_csv(self._path).to_dict("records") if self._path.is_file() else []
         )
+        self._curves = folder / "rounds.csv"
+        self.rounds: list[dict[str, Any]] = (
+            pd.read_csv(self._curves).to_dict("records") if self._curves.is_file() else []
+        )
         self._latest: FederatedEvaluator | None = None
 
     def scenario(self, name: str, seed: int) -> Scenario:
@@ -197,6 +203,29 @@ class Study:
         self.rows += rows
         self.write()
 
+    def curves(self, pairs: Sequence[tuple[str, int]]) -> None:
+        """Fill in what the rounds told, from the checkpoints of the trainings."""
+        for name, seed in pairs:
+            if any(row["variant"] == name and row["seed"] == seed for row in self.rounds):
+                continue
+            scenario = self.scenario(name, seed)
+            evaluator = self._evaluator(scenario)
+            schedule = VARIANTS[name].schedule(scenario, evaluator.material.backbone.layer_count)
+            self.rounds += [
+                {
+                    "variant": name,
+                    "seed": seed,
+                    "round": number,
+                    "device": device,
+                    "loss": entry.loss[device],
+                    **{note: values[device] for note, values in entry.notes.items()},
+                }
+                for number, entry in enumerate(evaluator.train(schedule).rounds, start=1)
+                for device in range(len(self.base.devices))
+            ]
+        table = pd.DataFrame(self.rounds)
+        write_atomically(self._curves, lambda target: table.to_csv(target, index=False))
+
     def cost(self, names: Sequence[str]) -> None:
         """Fill in what variants cost, all within the same time."""
         seed, plans = 1, {}
@@ -254,7 +283,7 @@ class Study:
         return dict(zip(names, values, strict=True))
 
 
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
+def summary(rows: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
     """Return a row a variant: means over devices and seeds, and standard errors over seeds."""
     rows = rows.assign(
         worst=rows.groupby(["variant", "seed"])["liking"].transform("min"),
@@ -274,6 +303,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             "energy_j",
         ]
     ].mean()
+    unrest = rounds.groupby(["variant", "seed", "device"])["weight"].std()
+    table["weight_unrest"] = unrest.groupby(["variant", "seed"]).mean()
     for axis in AXES:
         table[f"reward_{axis}"] = by_seed[f"reward_{axis}"].mean()
         apart = rows.pivot_table(f"reward_{axis}", ["variant", "seed"], "kind", sort=False)
@@ -303,9 +334,10 @@ def run(
             told += f"  {each / 60:.1f} min each, {each * (len(left) - number) / 60:.0f} min left"
         print(told, flush=True)
         study.train(name, seed)
+    study.curves(pairs)
     study.cost(variants)
     rows = pd.DataFrame(study.rows)
-    table = summary(rows)
+    table = summary(rows, pd.DataFrame(study.rounds))
     write_atomically(out / "summary.csv", lambda target: table.to_csv(target))
     return rows, table
 

@@ -96,6 +96,20 @@ def test_a_row_for_every_variant_seed_and_device(results):
     assert (rows["shortest_s"] < rows["deadline_s"]).all()
 
 
+def test_what_rounds_told_is_kept(results):
+    """A row a round and device; its means are those of the table of devices."""
+    out, rows, table = results
+    rounds = pd.read_csv(out / "rounds.csv")
+    assert len(rounds) == len(VARIANTS) * 2 * 2
+    assert {"loss", "conflict", "stationarity", "weight", "drift"} <= set(rounds)
+    means = rounds.groupby(["variant", "seed", "device"])["conflict"].mean()
+    told = rows.set_index(["variant", "seed", "device"])["conflict"]
+    np.testing.assert_allclose(means[told.index], told)
+    last = rounds[rounds["round"] == 2]
+    assert last["reward_safety"].notna().all()
+    assert (table["weight_unrest"] >= 0).all()
+
+
 def test_one_model_for_all_is_one(results):
     _, rows, _ = results
     shared = rows[rows["variant"] == "fedavg"].groupby("seed")
