@@ -51,11 +51,6 @@ class MaskedTexts:
     texts_cut: int
     """Texts that lost their end."""
 
-    @property
-    def learned(self) -> Indices:
-        """[sequence]: how many tokens are."""
-        return np.add.reduceat((self.targets >= 0).astype(np.int64), self.tokens.offsets[:-1])
-
 
 def encode_masked(
     texts: Sequence[str], tokenizer: Any, *, max_tokens: int, pad_id: int, seed: int

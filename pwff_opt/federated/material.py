@@ -132,12 +132,12 @@ def _pretraining(scenario: Scenario) -> Material:
     if backbone.family == "bert":
         found = encode_masked(texts, tokenizer, seed=scenario.seeds.data, **how)
         stage: Language = Masked(backbone, found.tokens, found.targets)
-        learned, notes = found.learned, _cuts(scenario, len(texts), 0, found.texts_cut)
+        notes = _cuts(scenario, len(texts), 0, found.texts_cut)
     else:
-        stage, learned, notes = _next_tokens(
-            scenario, backbone, encode_texts(texts, tokenizer, **how)
-        )
-    return _language(scenario, source, stage, learned, shards, corpus, "texts", notes)
+        encoded = encode_texts(texts, tokenizer, **how)
+        stage = Language(backbone, encoded.tokens, encoded.answer_start)
+        notes = _encoded_cuts(scenario, encoded)
+    return _language(scenario, source, stage, shards, corpus, "texts", notes)
 
 
 def _instruction(scenario: Scenario) -> Material:
@@ -153,27 +153,15 @@ def _instruction(scenario: Scenario) -> Material:
         pad_id=pad_id,
     )
     backbone = _backbone(scenario, source, classes=None)
-    stage, learned, notes = _next_tokens(scenario, backbone, encoded)
-    what = "prompts with answers"
-    return _language(scenario, source, stage, learned, shards, corpus, what, notes)
-
-
-def _next_tokens(
-    scenario: Scenario, backbone: Backbone, encoded: Encoded
-) -> tuple[Language, Indices, tuple[str, ...]]:
-    """Return the stage, how many tokens of each sequence are learned, and what did not fit."""
-    return (
-        Language(backbone, encoded.tokens, encoded.answer_start),
-        encoded.tokens.lengths - encoded.answer_start,
-        _encoded_cuts(scenario, encoded),
-    )
+    stage = Language(backbone, encoded.tokens, encoded.answer_start)
+    notes = _encoded_cuts(scenario, encoded)
+    return _language(scenario, source, stage, shards, corpus, "prompts with answers", notes)
 
 
 def _language(
     scenario: Scenario,
     source: str,
     stage: Language,
-    learned: Indices,
     shards: Sequence[Shard],
     corpus: Corpus,
     what: str,
@@ -181,7 +169,7 @@ def _language(
 ) -> Material:
     for device, shard in enumerate(shards):
         for part in ("train", "validation", "test"):
-            if not (learned[getattr(shard, part)] > 0).any():
+            if not (stage.learned[getattr(shard, part)] > 0).any():
                 raise DataError(
                     f"data must hold {what} of which there is something to learn, in tokens, in every part; "
                     f"got none in {part} of device {device} (data.{part}_per_device)"
@@ -194,7 +182,7 @@ def _language(
         shards=shards,
         workload=Workload(
             **_lengths(stage.tokens, held, scenario, stage.backbone.family),
-            mean_scored_tokens=_means(learned, held),
+            mean_scored_tokens=_means(stage.learned, held),
         ),
         summary=Summary(
             sentence=f"{len(stage.tokens)} {what} of {len(corpus.domain_names)} domain(s); accuracy is the "

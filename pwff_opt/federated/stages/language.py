@@ -34,6 +34,8 @@ class Language(Plain):
     def __init__(self, backbone: Backbone, tokens: Tokens, starts: Indices) -> None:
         super().__init__(tokens)
         self.backbone, self._starts = backbone, starts
+        self.learned = tokens.lengths - starts
+        """[sequence]: how many tokens are asked for."""
 
     def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
         packed, hidden = passes.own(self.tokens, batches)
@@ -76,6 +78,8 @@ class Masked(Language):
     def __init__(self, backbone: Backbone, tokens: Tokens, targets: Indices) -> None:
         Plain.__init__(self, tokens)
         self.backbone, self._targets = backbone, targets
+        sequences = np.arange(len(tokens)).repeat(tokens.lengths)
+        self.learned = np.bincount(sequences[targets >= 0], minlength=len(tokens))
 
     def scored(self, packed: Packed, sequences: Indices) -> Scored:
         targets = torch.from_numpy(self._targets[self.tokens.rows(sequences)])

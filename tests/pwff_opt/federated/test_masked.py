@@ -135,6 +135,7 @@ def test_costs_are_of_the_masked_tokens(scenario: Scenario, tmp_path: Path) -> N
         asked = [int((labels(stage, i) >= 0).sum()) for i in shard.train]
         assert evaluator.workload.mean_scored_tokens is not None
         assert evaluator.workload.mean_scored_tokens[device] == pytest.approx(np.mean(asked))
+        assert stage.learned[shard.train].tolist() == asked
 
 
 def test_no_bit_hangs_on_the_number_of_workers(scenario: Scenario, tmp_path: Path) -> None:
@@ -196,7 +197,8 @@ def test_a_share_of_every_text_is_masked(texts: list[str]) -> None:
     plain = tokenise(texts, tokenizer, max_tokens=32, pad_id=0)
     assert (found.tokens.offsets == plain.offsets).all()
     inner = plain.lengths - 2  # without [CLS] and [SEP], of which none is ever asked for
-    assert found.learned.tolist() == [masked(int(n)) if n else 0 for n in inner]
+    learned = np.add.reduceat((found.targets >= 0).astype(int), plain.offsets[:-1])
+    assert learned.tolist() == [masked(int(n)) if n else 0 for n in inner]
     assert found.texts_cut == sum(len(text.split()) > 30 for text in texts)
     asked = found.targets >= 0
     assert (found.targets[asked] == plain.ids[asked]).all()
