@@ -31,6 +31,7 @@ LoraRule = Literal[
     "fedsa",
     "rolora",
     "hetlora",
+    "hetlora-norm",
     "flora",
     "flexlora",
     "fedex",

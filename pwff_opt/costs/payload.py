@@ -79,8 +79,8 @@ def broadcast_payload_bit(
 
     ==================================  ============================================================
     personal                            0
-    fedit, hetlora, raflora, flexlora   :math:`r(m + n)`, :math:`r = \max_k r_k`: a device cuts its
-                                        part out (rows and columns; for flexlora the leading terms
+    fedit, hetlora, hetlora-norm,       :math:`r(m + n)`, :math:`r = \max_k r_k`: a device cuts its
+    raflora, flexlora                   part out (rows and columns; for flexlora the leading terms
                                         of one SVD)
     ffa, fedsa, rolora                  the factor that is averaged: :math:`rm`; :math:`rn`; one of
                                         them

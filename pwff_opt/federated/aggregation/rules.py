@@ -323,6 +323,7 @@ RULES: Mapping[str, LoraRule] = MappingProxyType(
         "fedsa": FedSA(),
         "rolora": RoLoRA(),
         "hetlora": HetLoRA(),
+        "hetlora-norm": HetLoRA(by_norm=True),
         "flora": FLoRA(),
         "flexlora": FlexLoRA(),
         "fedex": FedEx(),
