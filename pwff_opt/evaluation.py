@@ -127,13 +127,17 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
     """Return what identifies a training: all that bears on what is learned and recorded.
 
     Cell, radio and device hardware are not in it: they change what a schedule costs, not what it
-    learns. Local files are in it by what they hold, not by where they are. The number of rounds is
+    learns. Local files are in it by what they hold and, of a folder, by their names in it, not by where
+    they are. The number of rounds is
     that of the schedule, so a prefix has a key of its own.
     """
     everything = resolved(scenario)
     training = dict(everything["training"])
     for irrelevant in ("rounds", "feature_cache_byte", "checkpoint_byte"):
         del training[irrelevant]
+    if not scenario.model.attention_window:
+        for irrelevant in ("attention_window", "attention_sinks"):
+            del everything["model"][irrelevant]
     models = [scenario.model.source]
     if _local_model(scenario.model.source, scenario.folder):
         del everything["model"]["source"]
@@ -175,13 +179,16 @@ def _digest(models: tuple[str, ...], data: Data, folder: str) -> str:
     """Return a digest of the local files that a scenario names, "" if it names none."""
     local = [found for source in models if (found := _local_model(source, folder))]
     # Every file: what a tokenizer reads has no one ending (tokenizer.model, merges.txt, ...).
-    paths = [path for found in local for path in sorted(found.iterdir())]
+    paths = [(path, "") for found in local for path in sorted(found.iterdir())]
     if data.source == "file":
         file = Path(folder) / data.path
-        paths += sorted(file.rglob("*")) if file.is_dir() else [file]
+        inside = sorted(file.rglob("*")) if file.is_dir() else []
+        # What a file of several is called can tell what its rows are.
+        paths += [(path, str(path.relative_to(file))) for path in inside] or [(file, "")]
     total = hashlib.sha256()
-    for path in paths:
+    for path, name in paths:
         if path.is_file():
+            total.update(name.encode())
             with path.open("rb") as content:
                 total.update(hashlib.file_digest(content, "sha256").digest())
     return total.hexdigest() if paths else ""

@@ -15,6 +15,9 @@ FETCHED = {"smollm2": "smollm2-0.1.2"}
 """Models that ``pwff-opt data fetch`` brings, and their folders in the folder for fetched data."""
 
 
+_LARGEST_HEADER = 10**8  # as the library has it
+
+
 def data_folder() -> Path:
     """Return the folder for fetched data: $PWFF_DATA, or pwff_opt in the user's cache folder."""
     chosen = os.environ.get("PWFF_DATA")
@@ -70,3 +73,16 @@ def model_config(source: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} must be a readable JSON file: {error}") from error
     return config
+
+
+def tensor_names(source: str) -> set[str]:
+    """Return the names of a model's weights in a folder's safetensors; none are told for a hub name."""
+    names: set[str] = set()
+    for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []:
+        try:
+            with path.open("rb") as file:  # the length of a JSON object, and the object
+                size = int.from_bytes(file.read(8), "little")
+                names.update(json.loads(file.read(min(size, _LARGEST_HEADER))))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} must be a readable safetensors file: {error}") from error
+    return names - {"__metadata__"}

@@ -68,13 +68,7 @@ TABLES: Mapping[str, Mapping[str, type]] = {
     | {"schedule": str, "knee": bool},
     "evaluations.parquet": {"key": str, "schedule": str, "rounds": int, "seed": int, "status": str},
     "rounds.parquet": {"key": str, "round": int, "device": int},
-    "tests.parquet": {
-        "key": str,
-        "schedule": str,
-        "seed": int,
-        "device": int,
-        "accuracy_test": float,
-    },
+    "tests.parquet": {"key": str, "device": int, "accuracy_test": float},
 }
 
 
@@ -292,7 +286,12 @@ class Journal:
         ]
         self._known = {row["key"]: row for row in self._evaluations if row["status"] == "done"}
         self._rounds = [row for row in _records(rounds) if row["key"] in self._known]
-        self._test_rows = _records(folder.table("tests.parquet"))
+        # Those of data or a trainer that have changed since are not to be joined with a front.
+        self._test_rows = [
+            row
+            for row in _records(folder.table("tests.parquet"))
+            if "schedule" in row and row["key"] == self._key_of(row)
+        ]
         self._tests: dict[str, list[float]] = {}
         for row in self._test_rows:  # device after device
             self._tests.setdefault(row["key"], []).append(row["accuracy_test"])
@@ -397,6 +396,11 @@ class Journal:
             if row["seed"] == self._scenario.seeds.training
             and row["key"] == learning_key(self._scenario, self._schedule(row))
         ]
+
+    def _key_of(self, row: Mapping[str, Any]) -> str:
+        """Return the key that a row's schedule and seed have now."""
+        seeds = replace(self._scenario.seeds, training=int(row["seed"]))
+        return learning_key(replace(self._scenario, seeds=seeds), self._schedule(row))
 
     def _cuts(self, row: Mapping[str, Any]) -> list[str]:
         """Return what a training has trained: its schedule after every round."""

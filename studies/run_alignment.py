@@ -18,7 +18,8 @@ of whose users care for helpful answers and three for safe ones, from scratch an
                   sum of the rewards, attention to 16 tokens and the first four, the upper two layers
 
 What is measured, on the test prompts of all devices together: ``reward_AXIS``, the mean reward of a device's
-likeliest answers; ``win_AXIS``, how often it beats the reference model's; ``preferred_AXIS``, the probability
+likeliest answers; ``win_AXIS``, how often it beats that of the reference model, which attends to all tokens
+whatever the variant; ``preferred_AXIS``, the probability
 that someone who cares for this axis alone prefers it; ``liking``, the same for the device's own user, and
 ``liking_of_others``, for a user of the opposite weights; ``perplexity`` on pages of the web that nothing was
 trained on (what was forgotten).  Means of the rounds: ``conflict``, ``stationarity`` (see
@@ -138,6 +139,7 @@ class Study:
             pd.read_csv(self._curves).to_dict("records") if self._curves.is_file() else []
         )
         self._latest: FederatedEvaluator | None = None
+        self._reference: Reference | None = None
 
     def scenario(self, name: str, seed: int) -> Scenario:
         seeds = replace(self.base.seeds, training=seed)
@@ -148,12 +150,10 @@ class Study:
 
     def train(self, name: str, seed: int) -> None:
         """Train a variant and append its rows."""
+        reference = self._referred()
         scenario = self.scenario(name, seed)
         start = time.perf_counter()
-        evaluator = FederatedEvaluator(scenario, self.folder / "checkpoints", workers=self._workers)
-        if not self.rows:
-            for note in (evaluator.summary.sentence, *evaluator.summary.notes):
-                print(note, flush=True)
+        evaluator = self._evaluator(scenario)
         backbone = evaluator.material.backbone
         schedule = VARIANTS[name].schedule(scenario, backbone.layer_count)
         done = evaluator.train(schedule)
@@ -162,15 +162,14 @@ class Study:
         rounds = [dict(entry.notes) | {"loss": entry.loss} for entry in done.rounds]
         stage = evaluator.material.stage
         pooled = np.concatenate([shard.test for shard in evaluator.material.shards])
-        general = self._language(evaluator)
+        general = language(evaluator)
         everything = np.arange(len(general.tokens))
-        reference = self._reference(evaluator, pooled, general)
 
         def measures(device: int) -> tuple[dict[str, float], float]:
             with torch.inference_mode():
                 model = evaluator.model(schedule, device)
                 told = general.measures(everything, model)
-                return stage.measures(pooled, model), told["perplexity"]
+                return stage.measures(pooled, model, reference.judged), told["perplexity"]
 
         found = Workers(self._workers).map(measures, range(len(self.base.devices)))
         wall_s = time.perf_counter() - start
@@ -189,7 +188,7 @@ class Study:
                     "liking_of_others": float(wishes[::-1] @ likings),
                     **{key: value for key, value in measured.items() if key != "accuracy"},
                     "perplexity": perplexity,
-                    **reference,
+                    **reference.told,
                     **{
                         note: float(np.mean([entry[note][device] for entry in rounds]))
                         for note in ("conflict", "stationarity", "weight")
@@ -200,31 +199,16 @@ class Study:
                     "key": learning_key(scenario, schedule),
                 }
             )
+        told = {"variant": name, "seed": seed}
+        self.rounds = [row for row in self.rounds if not told.items() <= row.items()] + [
+            told | {"round": number, "device": device} | {n: v[device] for n, v in entry.items()}
+            for number, entry in enumerate(rounds, start=1)
+            for device in range(len(self.base.devices))
+        ]
+        curves = pd.DataFrame(self.rounds)
+        write_atomically(self._curves, lambda target: curves.to_csv(target, index=False))
         self.rows += rows
         self.write()
-
-    def curves(self, pairs: Sequence[tuple[str, int]]) -> None:
-        """Fill in what the rounds told, from the checkpoints of the trainings."""
-        for name, seed in pairs:
-            if any(row["variant"] == name and row["seed"] == seed for row in self.rounds):
-                continue
-            scenario = self.scenario(name, seed)
-            evaluator = self._evaluator(scenario)
-            schedule = VARIANTS[name].schedule(scenario, evaluator.material.backbone.layer_count)
-            self.rounds += [
-                {
-                    "variant": name,
-                    "seed": seed,
-                    "round": number,
-                    "device": device,
-                    "loss": entry.loss[device],
-                    **{note: values[device] for note, values in entry.notes.items()},
-                }
-                for number, entry in enumerate(evaluator.train(schedule).rounds, start=1)
-                for device in range(len(self.base.devices))
-            ]
-        table = pd.DataFrame(self.rounds)
-        write_atomically(self._curves, lambda target: table.to_csv(target, index=False))
 
     def cost(self, names: Sequence[str]) -> None:
         """Fill in what variants cost, all within the same time."""
@@ -259,28 +243,43 @@ class Study:
         table = pd.DataFrame(self.rows)
         write_atomically(self._path, lambda target: table.to_csv(target, index=False))
 
-    def _language(self, evaluator: FederatedEvaluator) -> Language:
-        """Return pages of the web as something to be measured on."""
-        count, length = GENERAL
-        tokenizer = AutoTokenizer.from_pretrained(evaluator.material.source)
-        encoded = encode_texts(
-            general_texts()[:count], tokenizer, max_tokens=length, pad_id=tokenizer.eos_token_id
-        )
-        return Language(evaluator.material.backbone, encoded.tokens, encoded.answer_start)
+    def _referred(self) -> Reference:
+        """Return what all variants are measured against: the frozen model of ``base``."""
+        if self._reference is None:
+            evaluator = self._evaluator(self.base)
+            for note in (evaluator.summary.sentence, *evaluator.summary.notes):
+                print(note, flush=True)
+            material = evaluator.material
+            pooled = np.concatenate([shard.test for shard in material.shards])
+            general = language(evaluator)
+            with torch.inference_mode():
+                frozen = Passes(material.backbone, [0], NOTHING)
+                judged = material.stage.judged(pooled, frozen)
+                measured = general.measures(np.arange(len(general.tokens)), frozen)
+            told = {"perplexity_reference": measured["perplexity"]}
+            told |= {
+                f"reference_{a}": float(own.mean()) for a, own in zip(AXES, judged, strict=True)
+            }
+            self._reference = Reference(judged=judged, told=told)
+        return self._reference
 
-    def _reference(
-        self, evaluator: FederatedEvaluator, pooled: np.ndarray, general: Language
-    ) -> dict[str, float]:
-        """Return what the frozen model alone measures; the same for all variants and seeds."""
-        names = ["perplexity_reference", *(f"reference_{axis}" for axis in AXES)]
-        if self.rows:
-            return {name: float(self.rows[0][name]) for name in names}
-        with torch.inference_mode():
-            base = Passes(evaluator.material.backbone, [0], NOTHING)
-            measured = evaluator.material.stage.measures(pooled, base)
-            told = general.measures(np.arange(len(general.tokens)), base)
-        values = [told["perplexity"], *(measured[f"reward_{axis}"] for axis in AXES)]
-        return dict(zip(names, values, strict=True))
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reference:
+    """The frozen model's likeliest answers, judged [axis][prompt], and means of them to be told."""
+
+    judged: Sequence[np.ndarray]
+    told: Mapping[str, float]
+
+
+def language(evaluator: FederatedEvaluator) -> Language:
+    """Return pages of the web as something to be measured on."""
+    count, length = GENERAL
+    tokenizer = AutoTokenizer.from_pretrained(evaluator.material.source)
+    encoded = encode_texts(
+        general_texts()[:count], tokenizer, max_tokens=length, pad_id=tokenizer.eos_token_id
+    )
+    return Language(evaluator.material.backbone, encoded.tokens, encoded.answer_start)
 
 
 def summary(rows: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:
@@ -334,7 +333,6 @@ def run(
             told += f"  {each / 60:.1f} min each, {each * (len(left) - number) / 60:.0f} min left"
         print(told, flush=True)
         study.train(name, seed)
-    study.curves(pairs)
     study.cost(variants)
     rows = pd.DataFrame(study.rows)
     table = summary(rows, pd.DataFrame(study.rounds))

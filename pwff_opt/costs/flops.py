@@ -67,8 +67,9 @@ class TokenCount:
 
         .. math:: Q' = \min(Q,\; T \cdot \text{span})
 
-        Exact for sequences that are all longer than the span, or none; between, an upper bound of
-        :math:`\sum_n S_n \min(S_n, \text{span})`. None: unchanged.
+        That is how torch counts attention in a band of equal width for all tokens, corners included; as
+        it counts full attention, also by a decoder, all :math:`S_n^2` pairs, of which half are seen. Of
+        sequences of unequal length, and of sampling, an upper bound. None: unchanged.
         """
         if span is None:
             return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,7 +29,7 @@ from pwff_opt.costs.workload import (
 )
 from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError, ModelError
-from pwff_opt.models import model_config, model_source
+from pwff_opt.models import model_config, model_source, tensor_names
 from pwff_opt.scenario import Scenario
 
 _NO_BLOCKS = Blocks(adapter_width=0)
@@ -307,13 +307,16 @@ def local_step(scenario: Scenario, workload: Workload) -> LocalStep:
             backwards=1 if alignment.reconcile == "weighted" else 2,
         )
     sequences = batch * sequences_per_example(scenario)
+    most = 0 if classifies else sequences * most_scored(length, architecture.family)
     count = _count(workload, batch, scenario).within(span)
+    if not classifies:  # a workload that needs no data does not know that an encoder learns fewer
+        count = replace(count, scored=np.minimum(count.scored, most))
     policy = Supervised(
         architecture=architecture,
         count=count,
         sequences=sequences,
         length=length,
-        scored=0 if classifies else sequences * most_scored(length, architecture.family),
+        scored=most,
     )
     if training.stage != "alignment":
         return policy
@@ -332,13 +335,20 @@ def model_architecture(scenario: Scenario, classes: int | None) -> Architecture:
     ModelError
         The model cannot be read, or its family does not fit the stage.
     """
-    config = model_config(model_source(scenario.model.source, folder=scenario.folder))
+    source = model_source(scenario.model.source, folder=scenario.folder)
+    config = model_config(source)
     architecture = Architecture.from_config(config, classes=classes, pooling=scenario.model.pooling)
     stage = scenario.training.stage
     if architecture.family == "bert" and stage in ("instruction", "alignment"):
         raise ModelError(
             "model.source must name a causal language model (llama, mistral, qwen2) for training.stage "
             f"{stage!r}, got {scenario.model.source!r} of the family 'bert'"
+        )
+    names = tensor_names(source) if architecture.family == "bert" and classes is None else set()
+    if names and not any(name.startswith("cls.predictions.") for name in names):
+        raise ModelError(
+            f"model.source must name an encoder with its head over the vocabulary for training.stage "
+            f"{stage!r}; {scenario.model.source!r} has none (no weights cls.predictions.*)"
         )
     return architecture
 

@@ -66,8 +66,8 @@ class Workload:
         """Return the upper bound that needs no data.
 
         Every sequence and every prompt is ``model.max_tokens`` long, and all but its first token are
-        learned (an encoder learns fewer). A reward model reads as many of its own tokens and, of a
-        sampled answer, ``alignment.answer_tokens`` more.
+        learned (of an encoder's, only as many as are masked are charged). A reward model reads as many of
+        its own tokens and, of a sampled answer, ``alignment.answer_tokens`` more.
         """
 
         def everywhere(value: float) -> FloatArray:

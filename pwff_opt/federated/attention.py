@@ -15,7 +15,9 @@ class Window:
     """Sparse attention: a token sees those less than ``width`` away, and the first ``sinks`` ones.
 
     Without the first tokens, on which much attention rests whatever they say, a model that was not made
-    for it falls apart as soon as they leave the window (Xiao et al., ICLR 2024, arXiv 2309.17453).
+    for it falls apart as soon as they leave the window (Xiao et al., ICLR 2024, arXiv 2309.17453). Tokens
+    keep their positions; there those in the cache are counted anew, which matters beyond the longest texts
+    that the model was made for.
     """
 
     width: int

@@ -154,7 +154,9 @@ class Backbone:
             if classes is None
             else load_classifier(source, classes=classes)
         )
-        if pooling == "mean":
+        if (
+            pooling == "mean" and classes is not None
+        ):  # over its vocabulary a model names every token
             pool_by_mean(model)
         self.source, self.family, self.pooling = source, family, pooling
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -158,40 +158,58 @@ _FOLDERS = {"helpful": "helpfulness", "harmless": "safety"}
 
 def _published(read: pd.DataFrame, data: Data) -> pd.DataFrame:
     """Return the columns that a scenario names, of a data set that says the same in other ones."""
-    told, named = set(read.columns), (data.chosen_column, data.rejected_column)
-    if {"prompt", "response_0", "response_1", *_BETTER.values()} <= told:
+    told, named = set(read.columns), [data.chosen_column, data.rejected_column]
+    if {"prompt", "response_0", "response_1", *_BETTER.values()} <= told and not told & {*named}:
         both = read[["response_0", "response_1"]].to_numpy(object)
-        rows = np.arange(len(read))
         parts = []
         for axis, column in _BETTER.items():
-            better = read[column].astype(int).to_numpy()
-            part = pd.DataFrame({data.prompt_column: read["prompt"], data.axis_column: axis})
-            for name, which in zip(named, (better, 1 - better), strict=True):
-                part[name] = both[rows, which]
+            better: pd.Series[Any] = pd.to_numeric(read[column], errors="coerce")
+            refuse_rows(~better.isin([0, 1]), column, "must be 0 or 1", read[column], data)
+            which = better.astype(int).to_numpy()
+            part = read.copy()
+            part[data.prompt_column], part[data.axis_column] = read["prompt"], axis
+            for name, number in zip(named, (which, 1 - which), strict=True):
+                part[name] = both[np.arange(len(read)), number]
             parts.append(part)
         # The pairs of a row together, as it stands.
         pairs = pd.concat(parts).sort_index(kind="stable", ignore_index=True)
-        return _clean(pairs, named)
+        return _differing(pairs, pairs[named[0]], pairs[named[1]])
     if data.axis_column not in told and FOLDER in told and {*named} <= told:
-        axes = read[FOLDER].astype(str).str.split("-").str[0].map(_FOLDERS)
-        pairs = read.assign(**{data.axis_column: axes})[axes.notna()].reset_index(drop=True)
-        if data.prompt_column not in told:
-            pairs = pairs[[_divides(*pair) for pair in pairs[[*named]].itertuples(index=False)]]
-        return _clean(pairs, named)
+        axes = read[FOLDER].map(_axis_of)
+        if axes.notna().any():
+            pairs = read.assign(**{data.axis_column: axes})[axes.notna()]
+            chosen, rejected = pairs[named[0]], pairs[named[1]]
+            if data.prompt_column in told:
+                return _differing(pairs, chosen, rejected)
+            answers = [_answers(*pair) for pair in zip(chosen, rejected, strict=True)]
+            own, other = (pd.Series(part, pairs.index) for part in zip(*answers, strict=True))
+            return _differing(pairs, own, other)
     return read
 
 
-def _clean(pairs: pd.DataFrame, named: tuple[str, str]) -> pd.DataFrame:
-    """Return the pairs that have two answers, which differ."""
-    chosen, rejected = (pairs[name].astype(str).str.strip() for name in named)
-    return pairs[(chosen != "") & (rejected != "") & (chosen != rejected)].reset_index(drop=True)
+def _axis_of(folders: Any) -> str | None:
+    """Return the axis that a folder of HH-RLHF is of."""
+    names = str(folders).split("/")
+    return next((_FOLDERS[n] for name in names if (n := name.split("-")[0]) in _FOLDERS), None)
 
 
-def _divides(chosen: str, rejected: str) -> bool:
-    """Return whether two dialogues begin alike, up to an answer that either has."""
+def _differing(pairs: pd.DataFrame, chosen: pd.Series, rejected: pd.Series) -> pd.DataFrame:
+    """Return the pairs of which both answers are there, and differ."""
+    ours, others = (
+        part.map(lambda answer: answer.strip() if isinstance(answer, str) else "")
+        for part in (chosen, rejected)
+    )
+    return pairs[(ours != "") & (others != "") & (ours != others)].reset_index(drop=True)
+
+
+def _answers(chosen: Any, rejected: Any) -> tuple[str, str]:
+    """Return the answers in which two dialogues end, empty where they do not begin alike."""
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return "", ""
     end = commonprefix([chosen, rejected]).rfind(_ASSISTANT)  # noqa: RUF071  (texts, not paths)
-    answers = [text[end + len(_ASSISTANT) :].strip() for text in (chosen, rejected)]
-    return end >= 0 and all(answers)
+    if end < 0:
+        return "", ""
+    return chosen[end + len(_ASSISTANT) :], rejected[end + len(_ASSISTANT) :]
 
 
 _HUMAN, _ASSISTANT = "Human:", "\n\nAssistant:"

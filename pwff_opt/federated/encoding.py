@@ -59,7 +59,8 @@ def encode_masked(
 
     Of a text's tokens but the special ones, 15 % and at least one are to be named. 80 % of them are replaced
     by the mask, 10 % by any token and 10 % are left (Devlin et al., NAACL 2019, section 3.1). Masks are drawn
-    once a text, as there, so that what frozen layers make of a text stays the same.
+    once a text, so that what frozen layers make of a text stays the same; BERT drew ten for every text,
+    RoBERTa (Liu et al., arXiv 1907.11692) a new one each time.
 
     Raises
     ------

@@ -161,6 +161,7 @@ class FederatedEvaluator:
             family=self.material.backbone.family,
             pooling=self.material.backbone.pooling,
             class_names=self.material.class_names,
+            window=self.material.backbone.ends.window,
             peft=self.scenario.peft,
         )
 

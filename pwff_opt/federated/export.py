@@ -17,6 +17,7 @@ from torch import nn
 
 from pwff_opt.errors import ModelError
 from pwff_opt.federated.adapters import pool_by_mean
+from pwff_opt.federated.attention import Window
 from pwff_opt.federated.backbone import (
     load_classifier,
     load_language_model,
@@ -25,6 +26,7 @@ from pwff_opt.federated.backbone import (
 from pwff_opt.federated.blocks import Tensors, lora_scale
 from pwff_opt.federated.families import HEADS
 from pwff_opt.federated.peft_bottleneck import BottleneckConfig
+from pwff_opt.federated.sparse import attend_within
 from pwff_opt.scenario import Peft
 
 LORA = "lora"
@@ -42,6 +44,7 @@ def save_device_model(
     family: str,
     pooling: str,
     class_names: Sequence[str] | None,
+    window: Window | None,
     peft: Peft,
 ) -> None:
     """Write one device's blocks as two peft adapters, and what else the model needs as a JSON file.
@@ -52,7 +55,8 @@ def save_device_model(
     Written over an older export, it takes its place at the end: killed before that, the older one is
     left; killed while its parts are exchanged, the folder has no JSON file, and does not load.
 
-    ``class_names`` None: a language model with its own head, which stays as it is.
+    ``class_names`` None: a language model with its own head, which stays as it is. ``window``: of sparse
+    attention, if it learned with that.
 
     Raises
     ------
@@ -66,6 +70,8 @@ def save_device_model(
         "classes": None if class_names is None else list(class_names),
         "pooling": pooling,
         "pad_token_id": model.config.pad_token_id,
+        "attention_window": window.width if window else 0,
+        "attention_sinks": window.sinks if window else 0,
     }
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name, warnings.catch_warnings():
         # Of peft, about transformers: nothing that whoever saves a model could change.
@@ -202,13 +208,15 @@ def load_device_model(folder: str | Path) -> PeftModel:
     import pwff_opt.federated.peft_bottleneck  # peft knows bottleneck adapters from here on
 
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes)
-    # or, where device.json has no classes: AutoModelForCausalLM.from_pretrained(base)
+    # or, where device.json has no classes: AutoModelForCausalLM.from_pretrained(base); of an encoder
+    # AutoModelForMaskedLM
     pool_by_mean(model)  # where device.json says so
     model.config.pad_token_id = ...  # the one in device.json; only decoders need it
     model = PeftModel.from_pretrained(model, f"{folder}/lora").merge_and_unload()
     model = PeftModel.from_pretrained(model, f"{folder}/bottleneck").eval()
 
-    LoRA is merged because a peft model holds adapters of one kind.
+    LoRA is merged because a peft model holds adapters of one kind. Where device.json has an
+    ``attention_window``, a last step is :func:`pwff_opt.federated.sparse.attend_within`.
     """
     folder = Path(folder)
     try:
@@ -217,10 +225,14 @@ def load_device_model(folder: str | Path) -> PeftModel:
         raise ModelError(f"{folder} must hold a device model ({INFO}): {error}") from error
     model = _base(info["model"], info["classes"])
     model.config.pad_token_id = info["pad_token_id"]
-    if info["pooling"] == "mean":
+    if info["pooling"] == "mean" and info["classes"] is not None:
         pool_by_mean(model)
     model = PeftModel.from_pretrained(model, folder / LORA).merge_and_unload()
-    return PeftModel.from_pretrained(model, folder / BOTTLENECK).eval()
+    loaded = PeftModel.from_pretrained(model, folder / BOTTLENECK).eval()
+    if info["attention_window"]:
+        window = Window(width=info["attention_window"], sinks=info["attention_sinks"])
+        attend_within(loaded.get_base_model(), window)
+    return loaded
 
 
 def _only(parameters: dict[str, nn.Parameter], pattern: str) -> nn.Parameter:

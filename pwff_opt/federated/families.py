@@ -164,7 +164,8 @@ class Ends:
         if limit is not None and limit < max_tokens and (window is None or window.width > limit):
             raise ModelError(
                 f"model.max_tokens must not exceed the model's attention window ({limit}), unless "
-                f"model.attention_window is set and does not; got {max_tokens}"
+                f"model.attention_window is set and does not (with model.attention_sinks 0 it is the "
+                f"model's own); got {max_tokens}"
             )
 
     def embed(self, packed: Packed) -> torch.Tensor:

@@ -111,20 +111,22 @@ class CachedPasses(Passes):
 
     def _remembered(self, tokens: Tokens, sequences: Indices, packed: Packed) -> Start:
         """Return the start at ``level`` of sequences that ``features`` does not have."""
-        known = sum(len(start.hidden) for start in self._starts.values())
-        if tokens is not self._latest or known > REMEMBERED_TOKENS:
+        if tokens is not self._latest:
             self._latest, self._starts = tokens, {}
-        key = sequences.tobytes()
-        if key not in self._starts:
-            level = self._level
-            # Not in inference mode: a backward pass may read it later.
-            with torch.inference_mode(False), torch.no_grad():
-                hidden = self.backbone.run(
-                    packed,
-                    self.stack,
-                    self.backbone.embed(packed),
-                    stop=level.layer,
-                    completed=level.completed,
-                )
-            self._starts[key] = Start(layer=level.layer, hidden=hidden, completed=level.completed)
-        return self._starts[key]
+        key, level = sequences.tobytes(), self._level
+        if key in self._starts:
+            return self._starts[key]
+        # Not in inference mode: a backward pass may read it later.
+        with torch.inference_mode(False), torch.no_grad():
+            hidden = self.backbone.run(
+                packed,
+                self.stack,
+                self.backbone.embed(packed),
+                stop=level.layer,
+                completed=level.completed,
+            )
+        start = Start(layer=level.layer, hidden=hidden, completed=level.completed)
+        known = sum(len(other.hidden) for other in self._starts.values())
+        if known + len(hidden) <= REMEMBERED_TOKENS:
+            self._starts[key] = start
+        return start

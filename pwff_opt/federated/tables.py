@@ -14,11 +14,18 @@ from pwff_opt.scenario import Data
 
 
 def _read_jsonl(path: Path) -> pd.DataFrame:
-    return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+    """Read a row a line; some that are published hold one array of rows."""
+    try:
+        return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+    except ValueError:
+        table = pd.read_json(path, lines=False, dtype=False, convert_dates=False)
+    if list(table.index) != list(range(len(table))):
+        raise ValueError(f"{path.name} holds one object, not rows")
+    return table
 
 
 FOLDER = "folder"
-"""Column that is added to a table of several files: the folder that a row's file is in, if in any."""
+"""Column that is added to a table of several files: the folders that a row's file is in, as "a/b"."""
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     # As written: no "None" becomes missing, no "01" becomes 1.
@@ -108,7 +115,7 @@ def _read_tables(path: Path) -> pd.DataFrame:
 def _with_folder(table: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:
     if len(parts) < 2 or FOLDER in table.columns:
         return table
-    return table.assign(**{FOLDER: parts[0]})
+    return table.assign(**{FOLDER: "/".join(parts[:-1])})
 
 
 def _read_hub(name: str) -> pd.DataFrame:

@@ -14,8 +14,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pwff_opt import read_scenario
 from pwff_opt.errors import DataError, RunError
+from pwff_opt.federated.attention import Window
+from pwff_opt.federated.backbone import NOTHING
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.packages import fetch
+from pwff_opt.federated.passes import Passes
 from pwff_opt.models import model_source
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
@@ -23,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 import fig_alignment as figure
 import run_alignment as study
 
-VARIANTS = ("pwff", "sampled", "fedavg")
+VARIANTS = ("pfit", "pwff", "sampled", "fedavg")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +111,22 @@ def test_what_rounds_told_is_kept(results):
     last = rounds[rounds["round"] == 2]
     assert last["reward_safety"].notna().all()
     assert (table["weight_unrest"] >= 0).all()
+
+
+def test_all_are_measured_against_the_model_that_attends_to_all(base, results, tmp_path):
+    """Also where a variant comes first that does not."""
+    _, rows, _ = results
+    assert rows["variant"].iloc[0] == "pfit"
+    evaluator = FederatedEvaluator(base, tmp_path)
+    assert evaluator.material.backbone.ends.window is None
+    general = study.language(evaluator)
+    frozen = Passes(evaluator.material.backbone, [0], NOTHING)
+    expected = general.measures(np.arange(len(general.tokens)), frozen)["perplexity"]
+    np.testing.assert_allclose(rows["perplexity_reference"], expected, rtol=1e-6)
+    sparse = evaluator.material.backbone.ends
+    sparse.window = Window(width=16, sinks=4)
+    other = general.measures(np.arange(len(general.tokens)), frozen)["perplexity"]
+    assert abs(other / expected - 1) > 1e-4
 
 
 def test_one_model_for_all_is_one(results):

@@ -135,23 +135,25 @@ class Aligned(ABC):
     def wishes(self, devices: Sequence[int]) -> FloatArray:
         return self._wishes[list(devices)]
 
-    def measures(self, examples: Indices, passes: Passes) -> dict[str, float]:
+    def measures(
+        self, examples: Indices, passes: Passes, against: Sequence[FloatArray] | None = None
+    ) -> dict[str, float]:
         """Return how the answers to the examples' prompts please the user, the likeliest ones.
 
         "accuracy" is the probability that the user prefers them to those of the reference, as the reward
         models have it, each axis ("preferred_AXIS") by the user's weight: 0.5 where nothing was learned.
         "reward_AXIS": mean reward; "win_AXIS": share of prompts where it is above the reference's, a tie
-        counting half.
+        counting half. ``against``: what :meth:`judged` says of other answers, to take the reference's place.
         """
-        prompts = np.unique(self._dialogues.prompt_of[self.sequences(examples)])
-        ours = self._judged(prompts, passes)
-        key = prompts.tobytes()
-        known = self._references.judged
-        if key not in known:
-            known[key] = self._judged(prompts, Passes(self._backbone, [0], NOTHING))
+        ours = self.judged(examples, passes)
+        if against is None:
+            known, key = self._references.judged, self._asked(examples).tobytes()
+            if key not in known:
+                known[key] = self.judged(examples, Passes(self._backbone, [0], NOTHING))
+            against = known[key]
         wishes = self._wishes[passes.devices[0]]
         found = {"accuracy": 0.0}
-        for axis, mine, reference, wish in zip(AXES, ours, known[key], wishes, strict=True):
+        for axis, mine, reference, wish in zip(AXES, ours, against, wishes, strict=True):
             found[f"reward_{axis}"] = float(mine.mean())
             found[f"win_{axis}"] = float(((mine > reference) + 0.5 * (mine == reference)).mean())
             preferred = float(expit(mine - reference).mean())
@@ -175,11 +177,17 @@ class Aligned(ABC):
         )
         return self._text(found)
 
-    def _judged(self, prompts: Indices, passes: Passes) -> list[FloatArray]:
-        """Return the rewards of one device's likeliest answers, [axis][prompt]."""
+    def judged(self, examples: Indices, passes: Passes) -> list[FloatArray]:
+        """Return the rewards of one device's likeliest answers to the examples' prompts, [axis][prompt]."""
+        prompts = self._asked(examples)
         texts = [self._dialogues.prompts[prompt] for prompt in prompts]
         answers = self.answered(prompts, passes)
         return [model.rewards(texts, answers) for model in self._rewards]
+
+    def _asked(self, examples: Indices) -> Indices:
+        """Return the prompts of examples, each once."""
+        prompts: Indices = np.unique(self._dialogues.prompt_of[self.sequences(examples)])
+        return prompts
 
     def _text(self, answers: Sequence[Indices]) -> list[str]:
         texts: list[str] = self._tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -63,8 +63,8 @@ class Language(Plain):
 class Masked(Language):
     """Cross-entropy of tokens that were masked, given all others on both sides (Devlin et al., NAACL 2019).
 
-    The same measures as :class:`Language`, over the masked tokens of all texts: what is called perplexity
-    is the exponential of their mean loss.
+    As in :class:`Language` every text weighs the same, whatever was masked of it; and so do all masked tokens
+    in what is measured, where perplexity is the exponential of their mean loss.
 
     Parameters
     ----------

@@ -90,6 +90,8 @@ def test_hh_rlhf_is_read_as_it_is_published(tmp_path: Path) -> None:
         "helpful-base": [
             {"chosen": f"{start} It is.", "rejected": f"{start} Hm."},
             {"chosen": f"{start} It is.", "rejected": f"{start} "},
+            {"chosen": None, "rejected": f"{start} Hm."},
+            {"chosen": f"{start} Alike.", "rejected": f"{start}  Alike. "},
         ],
         "helpful-online": [{"chosen": f"{start} Yes.", "rejected": f"{start} No."}],
         "harmless-base": [
@@ -100,10 +102,14 @@ def test_hh_rlhf_is_read_as_it_is_published(tmp_path: Path) -> None:
         "red-team-attempts": [{"transcript": f"{start} No.", "rating": 1}],
     }
     for name, rows in folders.items():
-        (tmp_path / "hh" / name).mkdir(parents=True)
-        text = "\n".join(map(json.dumps, rows))
-        (tmp_path / "hh" / name / "train.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    got = load_preferences(replace(FILE, path="hh"), folder=tmp_path)
+        (tmp_path / "data" / "hh" / name).mkdir(parents=True)
+        text = json.dumps(rows) if "red" in name else "\n".join(map(json.dumps, rows))
+        (tmp_path / "data" / "hh" / name / "train.jsonl.gz").write_bytes(
+            gzip.compress(text.encode())
+        )
+    got = load_preferences(replace(FILE, path="data/hh"), folder=tmp_path)
+    deeper = load_preferences(replace(FILE, path="data"), folder=tmp_path)
+    assert deeper.chosen == got.chosen
     assert got.prompts == ("Is it safe?",) * 3
     assert got.chosen == ("Ask her.", "It is.", "Yes.")
     assert got.rejected == ("Of course!", "Hm.", "No.")
@@ -128,13 +134,41 @@ def test_safe_rlhf_is_read_as_it_is_published(tmp_path: Path) -> None:
             "better_response_id": 1,
             "safer_response_id": 1,
         },
+        {
+            "prompt": "When?",
+            "response_0": None,
+            "response_1": "Now.",
+            "better_response_id": 1,
+            "safer_response_id": 1,
+        },
     ]
+    rows = [row | {"source": f"s{number}"} for number, row in enumerate(rows)]
     _write(tmp_path, rows)
     got = load_preferences(FILE, folder=tmp_path)
+    grouped = load_preferences(replace(FILE, group_column="source"), folder=tmp_path)
+    assert grouped.group_names == ("s0",)
     assert got.prompts == ("How?", "How?")
     assert got.chosen == ("So.", "Better not.")
     assert got.rejected == ("Better not.", "So.")
     assert [AXES[n] for n in got.axes] == ["helpfulness", "safety"]
+
+
+@pytest.mark.parametrize("wrong", [None, 2, -1, "left"])
+def test_ids_of_responses_that_are_none_are_named(tmp_path: Path, wrong: Any) -> None:
+    row = {"prompt": "How?", "response_0": "So.", "response_1": "Not.", "safer_response_id": 1}
+    _write(tmp_path, [row | {"better_response_id": 0}, row | {"better_response_id": wrong}])
+    with pytest.raises(DataError, match=r"'better_response_id' must be 0 or 1, got .* in row 1"):
+        load_preferences(FILE, folder=tmp_path)
+
+
+def test_folders_of_other_data_are_not_taken_for_axes(tmp_path: Path) -> None:
+    """It is the column of axes that is missing."""
+    for name in ("train", "test"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        rows = [{"chosen": "yes", "rejected": "no"}]
+        (tmp_path / "own" / name / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    with pytest.raises(DataError, match=r"lacks \['axis'\]"):
+        load_preferences(replace(FILE, path="own"), folder=tmp_path)
 
 
 @pytest.mark.parametrize(

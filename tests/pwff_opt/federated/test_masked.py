@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,15 @@ import pytest
 import torch
 from peft import PeftModel
 from plain_language import assert_equals_plain, plain_device, row
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 import pwff_opt.federated.peft_bottleneck  # noqa: F401  (peft then knows bottleneck adapters)
+from pwff_opt import Planner, Workload
 from pwff_opt.costs import masked
 from pwff_opt.decision import Schedule
 from pwff_opt.errors import ModelError
+from pwff_opt.federated.backbone import load_language_model
 from pwff_opt.federated.encoding import MaskedTexts, encode_masked
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.stages import Masked
@@ -148,8 +152,35 @@ def test_no_bit_hangs_on_the_number_of_workers(scenario: Scenario, tmp_path: Pat
 
 def test_an_encoder_without_its_head_is_refused(scenario: Scenario, tmp_path: Path) -> None:
     headless = replace(scenario, model=replace(scenario.model, source="minilm"))
-    with pytest.raises(ModelError, match=r"a language model with its head .* lacks cls\.predict"):
+    message = r"an encoder with its head .* 'pretraining'; 'minilm' has none"
+    with pytest.raises(ModelError, match=message):
         FederatedEvaluator(headless, tmp_path)
+    with pytest.raises(ModelError, match=message):  # and so without torch
+        Planner(headless, Workload.padded(headless))
+
+
+def test_a_language_model_that_lacks_weights_is_refused(encoder: Path, tmp_path: Path) -> None:
+    """They would be drawn anew, and nothing would ever train them."""
+    shutil.copytree(encoder, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    kept = {name: t for name, t in load_file(weights).items() if "transform.dense" not in name}
+    save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"with its head .* lacks cls\.predictions\.transform\.dense"
+    ):
+        load_language_model(str(tmp_path / "model"))
+
+
+def test_pooling_means_nothing_to_a_language_model(scenario: Scenario, tmp_path: Path) -> None:
+    """It was refused, by a message that named no key."""
+    pooled = replace(scenario, model=replace(scenario.model, pooling="mean"))
+    schedule = Schedule.parse("1x2:fpa", devices=3)
+    one, other = (
+        FederatedEvaluator(own, tmp_path / name).train(schedule)
+        for own, name in ((scenario, "a"), (pooled, "b"))
+    )
+    assert other.status == "done", other.reason
+    assert other.rounds == one.rounds
 
 
 @pytest.mark.parametrize("text", ["2x2:fpa", "1x0:fff"])

@@ -30,6 +30,7 @@ from pwff_opt.decision import LayerState, Schedule
 from pwff_opt.federated.attention import Around, Window
 from pwff_opt.federated.backbone import NOTHING, Backbone
 from pwff_opt.federated.evaluator import FederatedEvaluator
+from pwff_opt.federated.export import load_device_model
 from pwff_opt.federated.generation import generate
 from pwff_opt.federated.stages import Language
 from pwff_opt.federated.tokens import Packed, Tokens
@@ -235,6 +236,47 @@ def test_training_equals_plain_peft(sparse: Scenario, tmp_path: Path) -> None:
     assert_equals_plain(sparse, evaluator, Schedule.parse("3x2:fpa", devices=3), loss)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_saved_model_attends_as_it_has_learned(
+    sparse: Scenario, tmp_path: Path, family: str
+) -> None:
+    """Logits, and a decoder's likeliest answers by transformers' own ``generate``, by peft alone."""
+    if family == "bert":
+        folder = tmp_path / "encoder"
+        AutoTokenizer.from_pretrained(model_source("minilm")).save_pretrained(folder)
+        torch.manual_seed(3)
+        BertForMaskedLM(BertConfig(**(SMALL | {"vocab_size": 30522}))).save_pretrained(folder)
+        sparse = replace(sparse, model=replace(sparse.model, source="encoder"))
+    # Large steps, or the answers of a random model are the same whatever was learned.
+    scenario = replace(sparse, training=replace(sparse.training, learning_rate=0.05))
+    evaluator = FederatedEvaluator(scenario, tmp_path / "checkpoints")
+    schedule = Schedule.parse("2x2:fpa", devices=3)
+    evaluator.train(schedule)
+    evaluator.save_device(schedule, 1, tmp_path / "device")
+    model = load_device_model(tmp_path / "device")
+    passes, stage = evaluator.model(schedule, 1), evaluator.material.stage
+    for sequence in evaluator.material.shards[1].test:
+        batch = np.array([sequence])
+        with torch.inference_mode():
+            expected = passes.backbone.tokens(passes.own(stage.tokens, [batch])[1])
+            logits = model(input_ids=row(stage.tokens, sequence)).logits[0]
+            torch.testing.assert_close(logits, expected, rtol=2e-5, atol=2e-5)
+            if family == "bert":
+                continue
+            said = model.generate(
+                input_ids=row(stage.tokens, sequence),
+                attention_mask=torch.ones_like(row(stage.tokens, sequence)),
+                max_new_tokens=8,
+                do_sample=False,
+                eos_token_id=7,
+                pad_token_id=0,
+            )
+        (answer,) = generate(
+            passes.backbone, passes.stack, stage.tokens, [batch], longest=8, stop=7
+        )
+        assert said[0, stage.tokens.lengths[sequence] :].tolist() == answer.tolist()
+
+
 # -- costs ------------------------------------------------------------------------------------------
 
 
@@ -261,7 +303,7 @@ def banded(
 def test_flops_are_those_of_attention_in_bands(
     monkeypatch: pytest.MonkeyPatch, window: int, sinks: int, length: int, lowest: int
 ) -> None:
-    """Of a decoder with plain LoRA whose attention computes nothing that it does not see."""
+    """Of a decoder with plain LoRA whose attention computes a band, and nothing beyond it."""
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(5)
@@ -314,9 +356,22 @@ def test_the_workload_counts_what_is_seen(sparse: Scenario, tmp_path: Path) -> N
         return step.flops(Blocks.of(scenario, round=0), rank=np.full(3, 2), **decision)
 
     full = replace(sparse, model=replace(sparse.model, attention_window=0))
-    padded = Workload.padded(sparse)
-    assert (flops(sparse, evaluator.workload) < flops(full, evaluator.workload) * 1.0001).all()
-    assert (flops(sparse, padded) < flops(full, padded)).all()
+    whole = FederatedEvaluator(full, tmp_path / "checkpoints").workload
+    squares = [
+        np.mean(evaluator.material.stage.tokens.lengths[shard.train].astype(float) ** 2)
+        for shard in evaluator.material.shards
+    ]
+    np.testing.assert_allclose(whole.mean_squared_tokens, squares)
+    assert (flops(sparse, evaluator.workload) < flops(full, whole)).all()
+    # Of four attention products forward, and backward, only what is seen.
+    saved = sparse.training.batch_size * (
+        whole.mean_squared_tokens - evaluator.workload.mean_squared_tokens
+    )
+    forward, backward = 2 * 3, 3 + 2 * 4
+    np.testing.assert_allclose(
+        flops(full, whole) - flops(sparse, evaluator.workload),
+        2 * saved * 32 * (forward + backward),
+    )
 
 
 def test_spans() -> None:
