@@ -146,6 +146,32 @@ def test_the_key_of_a_training_is_that_of_what_it_reads(small: Scenario, tmp_pat
     assert len(set(keys)) == 3
 
 
+def test_names_of_files_in_a_folder_are_in_the_key(small: Scenario, tmp_path: Path) -> None:
+    """HH-RLHF tells its axes by them; a file alone may be called anything."""
+    plan = schedule(small, METHODS["pwff"], 2)
+
+    def key(path: Path) -> str:
+        data = replace(small.data, source="file", path=str(path))
+        return learning_key(replace(small, data=data), plan)
+
+    files = []
+    for name in ("helpful-base", "harmless-base"):
+        files.append(tmp_path / name / "inside" / name / "train.csv")
+        files[-1].parent.mkdir(parents=True)
+        files[-1].write_text("text,label\na,b\n")
+    assert key(files[0]) == key(files[1])
+    assert key(tmp_path / "helpful-base" / "inside") != key(tmp_path / "harmless-base" / "inside")
+
+
+def test_a_window_is_in_the_key_where_there_is_one(small: Scenario) -> None:
+    plan = schedule(small, METHODS["pwff"], 2)
+    models = [{}, {"attention_sinks": 0}, {"attention_window": 8}]
+    models.append({"attention_window": 8, "attention_sinks": 0})
+    keys = [learning_key(replace(small, model=replace(small.model, **own)), plan) for own in models]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
 def test_methods_go_by_their_names(small: Scenario) -> None:
     assert apply(small, "feddpa") == apply(small, METHODS["feddpa"])
     assert schedule(small, "pwff", 2) == schedule(small, METHODS["pwff"], 2)
