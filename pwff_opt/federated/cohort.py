@@ -106,7 +106,7 @@ class Cohort:
             leaf.grad = grad.view(tensor.shape)
             self._blocks[k][name] = self._learned[k][name] = leaf
         self._pull = None
-        if proximal > 0:
+        if proximal > 0 and tensors:
             self._anchor = self._flat.clone()
             self._pull = torch.cat(
                 [

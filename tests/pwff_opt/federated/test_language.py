@@ -151,11 +151,11 @@ def test_equals_plain_peft_one_device_after_another(
         assert all(t.any() for name, t in own.items() if name.endswith(("up.weight", "up.bias")))
 
 
-@pytest.mark.parametrize("width", [0, 4])
+@pytest.mark.parametrize(("width", "proximal"), [(0, 0.0), (4, 0.0), (4, 0.1)])
 def test_where_all_is_frozen_nothing_is_learned(
-    scenario: Scenario, tmp_path: Path, width: int
+    scenario: Scenario, tmp_path: Path, width: int, proximal: float
 ) -> None:
-    frozen = changed(scenario, {"adapter_width": width}, {})
+    frozen = changed(scenario, {"adapter_width": width}, {"proximal": proximal})
     evaluator = FederatedEvaluator(frozen, tmp_path)
     schedule = Schedule.parse("2x2:fff", devices=3)
     state, rounds = evaluator._trained(schedule)
