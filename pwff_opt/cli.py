@@ -239,6 +239,10 @@ def _listed(names: tuple[str, ...], most: int = 6) -> str:
 
 
 def _search(run: RunFolder, scenario: Scenario, trainings: int, confirm: int) -> None:
+    if scenario.training.stage == "alignment":
+        console.print(
+            "reward models that the cache does not have are trained first: a minute or two"
+        )
     with console.status("loading model and data …"):
         from pwff_opt.federated.evaluator import FederatedEvaluator
 

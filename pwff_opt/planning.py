@@ -281,14 +281,14 @@ class Planner:
         Raises
         ------
         InfeasibleError
-            If a device lacks the memory even to train the head alone.
+            If a device lacks the memory even where all layers are frozen.
         """
         fitting = self._smaller_until_fit(schedule)
         try:
             demanded(self.costs, fitting)
         except InfeasibleError as error:
             raise InfeasibleError(
-                f"{error}; nothing asks for less: it trains the head alone"
+                f"{error}; nothing asks for less: all layers are frozen"
             ) from None
         return fitting
 
@@ -336,7 +336,7 @@ class Planner:
     def first_generation(self) -> NDArray[np.int64]:
         """Return the genomes the search starts from: plain ways to fine-tune, then random ones.
 
-        Plain are: the head alone; adapters of the last layers or of all, aggregated or kept
+        Plain are: all layers frozen; adapters of the last layers or of all, aggregated or kept
         personal, at the highest rank or the lowest. Random ones are even in how deep they train.
         """
         space, codec = self.scenario.decisions, self.codec
@@ -382,7 +382,7 @@ class Planner:
         return self.costs.batch(demand, gain)
 
     def _smaller_until_fit(self, schedule: Schedule) -> Schedule:
-        """Return the largest that fits; the head alone if nothing does."""
+        """Return the largest that fits; all layers frozen if nothing does."""
         ranks = sorted(self.scenario.decisions.ranks, reverse=True)
         for frozen in self.codec.boundaries:
             for limit in dict.fromkeys(ranks) if frozen == 0 else ranks[-1:]:
@@ -412,6 +412,11 @@ def _misfits(scenario: Scenario, model: Architecture) -> list[str]:
         problems.append(
             f"decisions.ranks must not exceed the model's hidden size ({model.hidden}), "
             f"got {max(ranks)}"
+        )
+    if scenario.decisions.layer_groups > model.layers:
+        problems.append(
+            f"decisions.layer_groups must not exceed the model's layers ({model.layers}), "
+            f"got {scenario.decisions.layer_groups}"
         )
     return problems
 

@@ -347,7 +347,7 @@ class Scenario:
         problems = list(field_problems(self, ""))
         try:
             problems += self._relations()
-        except (TypeError, AttributeError):  # comparing fields of a wrong type, reported above
+        except (TypeError, AttributeError, KeyError):  # of fields that are wrong, reported above
             if not problems:
                 raise
         if problems:
@@ -377,6 +377,12 @@ class Scenario:
                 "training.local_steps x training.batch_size must not exceed data.train_per_device "
                 f"({self.data.train_per_device}), so that a round sees no example twice; "
                 f"got {self.training.local_steps} x {self.training.batch_size}"
+            )
+        trains = max(self.peft.adapter_width, self.peft.common_lora_rank, *self.decisions.ranks, 0)
+        if stage != "classification" and not trains:
+            yield (
+                "peft.adapter_width, peft.common_lora_rank or a rank of decisions.ranks must be above 0 "
+                f"for training.stage {stage!r}, which has no head to train; got 0 everywhere"
             )
         if stage == "alignment" and self.alignment.optimiser == "modpo":
             for number, device in enumerate(self.devices):

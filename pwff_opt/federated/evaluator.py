@@ -154,6 +154,7 @@ class FederatedEvaluator:
         if not 0 <= device < len(self.material.shards):
             raise DataError(f"device must be in 0..{len(self.material.shards) - 1}, got {device}")
         state, _ = self._trained(self._possible(schedule))
+        prompts = self.scenario.training.stage in ("instruction", "alignment")
         save_device_model(
             Path(folder),
             state.devices[device],
@@ -162,6 +163,7 @@ class FederatedEvaluator:
             pooling=self.material.backbone.pooling,
             class_names=self.material.class_names,
             window=self.material.backbone.ends.window,
+            system_prompt=self.scenario.model.system_prompt if prompts else None,
             peft=self.scenario.peft,
         )
 

@@ -45,6 +45,7 @@ def save_device_model(
     pooling: str,
     class_names: Sequence[str] | None,
     window: Window | None,
+    system_prompt: str | None,
     peft: Peft,
 ) -> None:
     """Write one device's blocks as two peft adapters, and what else the model needs as a JSON file.
@@ -56,7 +57,8 @@ def save_device_model(
     left; killed while its parts are exchanged, the folder has no JSON file, and does not load.
 
     ``class_names`` None: a language model with its own head, which stays as it is. ``window``: of sparse
-    attention, if it learned with that.
+    attention, if it learned with that. ``system_prompt``: what it was given as the system's message in every
+    prompt, also where that is empty; None: it learned without prompts.
 
     Raises
     ------
@@ -72,6 +74,7 @@ def save_device_model(
         "pad_token_id": model.config.pad_token_id,
         "attention_window": window.width if window else 0,
         "attention_sinks": window.sinks if window else 0,
+        "system_prompt": system_prompt,
     }
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as name, warnings.catch_warnings():
         # Of peft, about transformers: nothing that whoever saves a model could change.
