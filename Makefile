@@ -81,7 +81,7 @@ ablations: $(READY)  ## the same with every variant and three seeds (hours; can 
 
 alignment-front: $(READY)  ## energy, delay and reward of alignment: a front in runs/alignment-front (an hour; can be killed)
 	$(BIN)/pwff-opt data fetch smollm2 stereoset
-	$(BIN)/pwff-opt front alignment --out runs/alignment-front --trainings 16 --confirm 3
+	$(BIN)/pwff-opt front alignment --out runs/alignment-front --trainings 16
 
 figures: $(READY)  ## draw the figures of runs/front again
 	$(BIN)/python studies/fig_front.py runs/front

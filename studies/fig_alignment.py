@@ -1,8 +1,8 @@
 """Draw where devices end between helpful and safe, from the folder of ``run_alignment.py``.
 
-Left: mean reward of a device's likeliest answers on either axis, a mark a device (and seed), the reference
-model's as a cross; filled marks are of users who care for helpful answers, open ones of those who care for
-safe ones.  Right: how a device's own user likes its answers, and how one of the opposite weights would,
+Left: mean reward of a device's likeliest answers on either axis, a mark a device or, with several seeds, the
+mean of the devices with like users, a mark a seed; the reference model's as a cross. Filled marks are of users
+who care for helpful answers, open ones of those who care for safe ones.  Right: how a device's own user likes its answers, and how one of the opposite weights would,
 against those of the reference (0.5), by variant: mean over devices, with the standard error over seeds (bar;
 none with one).
 
@@ -91,6 +91,8 @@ def _ends(axis: Any, rows: pd.DataFrame) -> None:
         own = rows[rows["variant"] == name]
         for helpful in (True, False):
             part = own[(own["helpfulness"] > 0.5) == helpful]
+            if rows["seed"].nunique() > 1:
+                part = part.groupby("seed")[["reward_helpfulness", "reward_safety"]].mean()
             axis.plot(
                 part["reward_helpfulness"], part["reward_safety"], marker, color=colour, ms=5, ls="",
                 mfc=colour if helpful else "white", mew=1.0,
