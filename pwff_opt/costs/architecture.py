@@ -213,21 +213,26 @@ class Architecture:
 
         ``V``: vocabulary; ``P``: positions; ``Y``: token types; the last :math:`h^2 + h` is BERT's
         pooler (none with mean pooling), the last :math:`h` Llama's final norm; :math:`\lambda`: an
-        untied language head. BERT's language head has :math:`h^2 + 3h + V + \lambda Vh` in the place of
-        the pooler. Equal to the count of the real model.
+        untied language head. BERT's language head has :math:`h^2 + 3h + V + \lambda V(h + 1)` in the place
+        of the pooler (untied, one bias of two is not used). Equal to the count of the real model.
         """
         h, a, k, i = self.hidden, self.query_width, self.key_value_width, self.intermediate
         language = self.head == "language"
-        untied = self.vocabulary * h if language and not self.tied else 0
+        untied = language and not self.tied
         attention = 2 * h * (a + k) + self.qkv_bias * (a + 2 * k) + self.output_bias * h
         if self.family == "bert":
             mlp = 2 * h * i + self.mlp_bias * (i + h)
             embeddings = (self.vocabulary + self.positions + self.token_types) * h + 2 * h
             top = h * h + h if language or self.pooling == "model" else 0
-            top += language * (2 * h + self.vocabulary) + untied
+            top += language * (2 * h + self.vocabulary) + untied * self.vocabulary * (h + 1)
             return embeddings + self.layers * (attention + mlp + 4 * h) + top
         mlp = 3 * h * i + self.mlp_bias * (2 * i + h)
-        return self.vocabulary * h + self.layers * (attention + mlp + 2 * h) + h + untied
+        return (
+            self.vocabulary * h
+            + self.layers * (attention + mlp + 2 * h)
+            + h
+            + untied * self.vocabulary * h
+        )
 
 
 def _integer(name: str, value: Any, *, least: int) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     LlamaConfig,
@@ -34,6 +35,8 @@ NAMES = [
     "llama_language_tied",
     "mistral_language",
     "qwen2_language",
+    "bert_language",
+    "bert_language_untied",
 ]
 
 
@@ -57,17 +60,19 @@ def test_parameters_equal_the_real_count_at_full_size(config):
 
 
 @pytest.mark.parametrize("tied", [None, False, True])
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config])
+@pytest.mark.parametrize("kind", [BertConfig, LlamaConfig, MistralConfig, Qwen2Config])
 def test_language_models_have_the_real_count_at_full_size(kind, tied):
     config = kind() if tied is None else kind(tie_word_embeddings=tied)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = (AutoModelForMaskedLM if kind is BertConfig else AutoModelForCausalLM).from_config(
+            config
+        )
     model.tie_weights()
     given = config.to_dict()
     if tied is None:
         del given["tie_word_embeddings"]
     architecture = Architecture.from_config(given, classes=None)
-    assert architecture.tied == bool(tied)
+    assert architecture.tied == (kind is BertConfig if tied is None else tied)
     assert architecture.classes == architecture.vocabulary
     assert architecture.parameters() == sum(p.numel() for p in model.parameters())
     assert head_parameters(architecture) == 0
@@ -78,7 +83,6 @@ def test_language_models_have_the_real_count_at_full_size(kind, tied):
     [
         ({"head": "regression"}, "head must be 'classifier' or 'language', got 'regression'"),
         ({"classes": 7}, r"classes must be the vocabulary \(101\) for head 'language', got 7"),
-        ({"family": "bert"}, "head 'language' needs a model of the llama family, got 'bert'"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(subject, change, message):
