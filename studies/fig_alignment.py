@@ -3,8 +3,8 @@
 Left: mean reward of a device's likeliest answers on either axis, a mark a device or, with several seeds, the
 mean of the devices with like users, a mark a seed; the reference model's as a cross.  Filled marks are of
 users who care for helpful answers, open ones of those who care for safe ones.  Right: how a device's own user
-likes its answers, and how one of the opposite weights would, against those of the reference (0.5), by variant:
-mean over devices, with the standard error over seeds (bar; none with one).
+likes its answers, and how one of the opposite weights would, against those of the reference (0.5), by
+variant: mean over devices, with the standard error over seeds (bar; none with one).
 
 Run ``python studies/fig_alignment.py runs/alignment``; it writes ``alignment.pdf`` and ``.png`` into the
 run's ``figures/``.
