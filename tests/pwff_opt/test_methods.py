@@ -207,7 +207,11 @@ def test_pfit_is_what_its_paper_names(tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     given = read_scenario("alignment")
-    given = replace(given, model=replace(given.model, source=str(tmp_path)))
+    given = replace(
+        given,
+        model=replace(given.model, source=str(tmp_path)),
+        decisions=replace(given.decisions, layer_groups=0),
+    )
     changed = apply(given, "pfit")
     own = changed.alignment
     assert (own.optimiser, own.reconcile) == ("grpo", "weighted")
