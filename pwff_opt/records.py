@@ -393,8 +393,7 @@ class Journal:
         return [
             row
             for row in self._evaluations
-            if row["seed"] == self._scenario.seeds.training
-            and row["key"] == learning_key(self._scenario, self._schedule(row))
+            if row["seed"] == self._scenario.seeds.training and row["key"] == self._key_of(row)
         ]
 
     def _key_of(self, row: Mapping[str, Any]) -> str:

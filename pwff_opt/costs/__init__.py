@@ -27,10 +27,9 @@ from pwff_opt.costs.stages import (
     local_step,
     model_architecture,
 )
-from pwff_opt.costs.workload import MASKED, Workload, attention_span, masked
+from pwff_opt.costs.workload import Workload, attention_span, masked
 
 __all__ = [
-    "MASKED",
     "Architecture",
     "Blocks",
     "CostModel",

@@ -154,9 +154,7 @@ class Backbone:
             if classes is None
             else load_classifier(source, classes=classes)
         )
-        if (
-            pooling == "mean" and classes is not None
-        ):  # over its vocabulary a model names every token
+        if classes is not None and pooling == "mean":
             pool_by_mean(model)
         self.source, self.family, self.pooling = source, family, pooling
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -279,7 +277,7 @@ def lora_config(family: str, rank: int, lora_scale: float, **more: Any) -> LoraC
 
 def load_classifier(source: str, *, classes: int) -> Any:
     """Load a sequence classifier from a folder or hub name; only safetensors weights are read."""
-    model = _loaded(
+    model, _ = _loaded(
         AutoModelForSequenceClassification,
         source,
         num_labels=classes,
@@ -287,7 +285,6 @@ def load_classifier(source: str, *, classes: int) -> Any:
     )
     # Decoders pool the last token that is not this one.
     model.config.pad_token_id = pad_token_id(source)
-    model.config.use_cache = False  # of keys and values, which only costs memory in training
     return model
 
 
@@ -301,26 +298,34 @@ def load_language_model(source: str) -> Any:
     """
     masked = model_config(source).get("model_type") == "bert"
     kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    model, told = _loaded(kind, source, output_loading_info=True)
-    if told["missing_keys"]:
+    model, missing = _loaded(kind, source)
+    if missing:
         raise ModelError(
             "model.source must name a language model with its head for a training.stage other than "
-            f"'classification'; {source!r} lacks {', '.join(sorted(told['missing_keys']))}"
+            f"'classification'; {source!r} lacks {', '.join(missing)}"
         )
-    model.config.use_cache = False  # of keys and values, which only costs memory in training
     return model
 
 
-def _loaded(kind: Any, source: str, **more: Any) -> Any:
+def _loaded(kind: Any, source: str, **more: Any) -> tuple[Any, list[str]]:
+    """Return the model, and the names of the weights that it lacks."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a new head is expected, not worth a warning
     transformers_logging.disable_progress_bar()
     try:
-        return kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **more)
+        model, told = kind.from_pretrained(
+            source,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **more,
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"model {source!r} could not be loaded: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    model.config.use_cache = False  # of keys and values, which only costs memory in training
+    return model, sorted(told["missing_keys"])
 
 
 def pad_token_id(source: str) -> int:

@@ -206,7 +206,7 @@ def _answers(chosen: Any, rejected: Any) -> tuple[str, str]:
     """Return the answers in which two dialogues end, empty where they do not begin alike."""
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         return "", ""
-    end = commonprefix([chosen, rejected]).rfind(_ASSISTANT)  # noqa: RUF071  (texts, not paths)
+    end = _last_turn(chosen, rejected)
     if end < 0:
         return "", ""
     return chosen[end + len(_ASSISTANT) :], rejected[end + len(_ASSISTANT) :]
@@ -215,12 +215,15 @@ def _answers(chosen: Any, rejected: Any) -> tuple[str, str]:
 _HUMAN, _ASSISTANT = "Human:", "\n\nAssistant:"
 
 
+def _last_turn(chosen: str, rejected: str) -> int:
+    """Return where the last turn of the assistant begins that two dialogues share; -1 if none does."""
+    return commonprefix([chosen, rejected]).rfind(_ASSISTANT)  # noqa: RUF071  (texts, not paths)
+
+
 def _split_dialogues(pairs: pd.DataFrame, data: Data) -> pd.Series:
     """Return the prompts of the dialogues ``chosen`` and ``rejected``, which become answers."""
     both = list(zip(pairs["chosen"], pairs["rejected"], strict=True))
-    ends = np.array(
-        [commonprefix(texts).rfind(_ASSISTANT) for texts in both]  # noqa: RUF071  (texts, not paths)
-    )
+    ends = np.array([_last_turn(*texts) for texts in both])
     refuse_rows(
         pd.Series(ends < 0),
         data.chosen_column,

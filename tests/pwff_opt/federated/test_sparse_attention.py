@@ -233,7 +233,9 @@ def test_training_equals_plain_peft(sparse: Scenario, tmp_path: Path) -> None:
             each.append(model(ids, attention_mask=mask, labels=ids).loss)
         return torch.stack(each).mean()
 
-    assert_equals_plain(sparse, evaluator, Schedule.parse("3x2:fpa", devices=3), loss)
+    schedule = Schedule.parse("3x2:fpa", devices=3)
+    # Plain training in float32 is itself 2e-5 from float64 here.
+    assert_equals_plain(sparse, evaluator, schedule, loss, to_float64=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
