@@ -22,6 +22,8 @@ from pwff_opt.scenario_io import resolved
 
 # Raised whenever the trainer would learn something else from the same scenario and schedule.
 TRAINER_VERSION = 4
+# Raised whenever the same pairs of answers would make another reward model.
+REWARDS_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +151,7 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
         if _local_model(scenario.alignment.reward_model, scenario.folder):
             del everything["alignment"]["reward_model"]
         users = {
+            "rewards": REWARDS_VERSION,
             "alignment": everything["alignment"],
             "helpfulness": [device.helpfulness for device in scenario.devices],
         }

@@ -59,8 +59,8 @@ from pwff_opt.federated.encoding import encode_texts
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.packages import fetch
 from pwff_opt.federated.passes import Passes
-from pwff_opt.federated.stages import Language
-from pwff_opt.federated.workers import Workers
+from pwff_opt.federated.stages import Causal
+from pwff_opt.federated.workers import Workers, one_thread_each
 from pwff_opt.records import write_atomically
 
 DEPTH, RANK = 6, 8
@@ -252,7 +252,7 @@ class Study:
             material = evaluator.material
             pooled = np.concatenate([shard.test for shard in material.shards])
             general = language(evaluator)
-            with torch.inference_mode():
+            with one_thread_each(), torch.inference_mode():
                 frozen = Passes(material.backbone, [0], NOTHING)
                 judged = material.stage.judged(pooled, frozen)
                 measured = general.measures(np.arange(len(general.tokens)), frozen)
@@ -272,14 +272,14 @@ class Reference:
     told: Mapping[str, float]
 
 
-def language(evaluator: FederatedEvaluator) -> Language:
+def language(evaluator: FederatedEvaluator) -> Causal:
     """Return pages of the web as something to be measured on."""
     count, length = GENERAL
     tokenizer = AutoTokenizer.from_pretrained(evaluator.material.source)
     encoded = encode_texts(
         general_texts()[:count], tokenizer, max_tokens=length, pad_id=tokenizer.eos_token_id
     )
-    return Language(evaluator.material.backbone, encoded.tokens, encoded.answer_start)
+    return Causal(evaluator.material.backbone, encoded.tokens, encoded.answer_start)
 
 
 def summary(rows: pd.DataFrame, rounds: pd.DataFrame) -> pd.DataFrame:

@@ -32,9 +32,10 @@ from pwff_opt.federated.encoding import (
 )
 from pwff_opt.federated.partition import Shard, partition, partition_preferences
 from pwff_opt.federated.rewards import Pairs, Reader, RewardModel
-from pwff_opt.federated.stages import Classification, Language, Masked, Stage
+from pwff_opt.federated.stages import Causal, Classification, Language, Masked, Stage
 from pwff_opt.federated.stages.alignment import Aligned, Dialogues
 from pwff_opt.federated.tokens import Indices, Tokens, tokenise
+from pwff_opt.federated.workers import Workers
 from pwff_opt.models import data_folder, model_config, model_source
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Scenario
@@ -138,7 +139,7 @@ def _pretraining(scenario: Scenario) -> Material:
         notes = _cuts(scenario, len(texts), 0, found.texts_cut)
     else:
         encoded = encode_texts(texts, tokenizer, **how)
-        stage = Language(backbone, encoded.tokens, encoded.answer_start)
+        stage = Causal(backbone, encoded.tokens, encoded.answer_start)
         notes = _encoded_cuts(scenario, encoded)
     return _language(scenario, source, stage, shards, corpus, "texts", notes)
 
@@ -156,7 +157,7 @@ def _instruction(scenario: Scenario) -> Material:
         pad_id=pad_id,
     )
     backbone = _backbone(scenario, source, classes=None)
-    stage = Language(backbone, encoded.tokens, encoded.answer_start)
+    stage = Causal(backbone, encoded.tokens, encoded.answer_start)
     notes = _encoded_cuts(scenario, encoded)
     return _language(scenario, source, stage, shards, corpus, "prompts with answers", notes)
 
@@ -211,9 +212,12 @@ def _alignment(scenario: Scenario) -> Material:
         model_source(settings.reward_model, folder=scenario.folder),
         dtype=scenario.training.base_dtype,
     )
+    learned, held_out = dealt.reward_train, dealt.reward_held_out
     rewards = tuple(
-        _reward(reader, preferences, dealt.reward_train, dealt.reward_held_out, axis, scenario)
-        for axis in range(len(AXES))
+        Workers().map(
+            lambda axis: _reward(reader, preferences, learned, held_out, axis, scenario),
+            range(len(AXES)),
+        )
     )
     backbone = _backbone(
         scenario,

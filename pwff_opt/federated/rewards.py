@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,12 +32,14 @@ from transformers import AutoTokenizer
 
 from pwff_opt.costs import Architecture
 from pwff_opt.errors import ModelError
+from pwff_opt.evaluation import REWARDS_VERSION
 from pwff_opt.federated.backbone import Backbone, Stack, pad_token_id
 from pwff_opt.federated.blocks import Tensors, fresh_adapter, fresh_head, fresh_lora
 from pwff_opt.federated.cohort import Cohort
 from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.stages.stage import Loss, Plain
 from pwff_opt.federated.tokens import Indices, Tokens, by_length
+from pwff_opt.federated.workers import one_thread_each
 from pwff_opt.models import model_config
 from pwff_opt.records import write_atomically
 from pwff_opt.rng import stream
@@ -51,8 +54,6 @@ RANK, WIDTH, SCALE = 8, 16, 2.0
 """LoRA and bottleneck adapters of all layers."""
 MAX_TOKENS = 96
 BINS = 10
-VERSION = 1
-"""Raised whenever the same pairs would make another reward model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,7 +132,7 @@ class RewardModel:
         ``calibrate`` fits the temperature, ``check`` measures the reliability.
         """
         identity = {
-            "version": VERSION,
+            "version": REWARDS_VERSION,
             "reader": reader.identity,
             "pairs": [part.digest for part in (learn, calibrate, check)],
             "steps": steps,
@@ -141,8 +142,11 @@ class RewardModel:
         path = folder / f"{key}.safetensors"
         found = _load(path)
         if found is None:
-            blocks = reader.learned(learn, steps=steps, seed=seed)
-            found = blocks, _calibrated(reader, blocks, calibrate, check)
+            # How many cores there are must not show in rewards: over many steps, a sum that is split
+            # otherwise makes another model.
+            with one_thread_each():
+                blocks = reader.learned(learn, steps=steps, seed=seed)
+                found = blocks, _calibrated(reader, blocks, calibrate, check)
             _save(path, *found)
         blocks, told = found
         return cls(
@@ -173,13 +177,15 @@ class Reader:
             source, family=family, classes=1, pooling=pooling, max_tokens=self._limit, dtype=dtype
         )
         self._tokenizer = AutoTokenizer.from_pretrained(source)
+        self._lock = threading.Lock()
         self._pad_id = pad_token_id(source)
         self.identity = [_contents(source), dtype]
 
     def read(self, prompts: Sequence[str], answers: Sequence[str]) -> Tokens:
-        encoded = self._tokenizer(
-            list(prompts), list(answers), truncation=True, max_length=self._limit
-        )["input_ids"]
+        with self._lock:  # where it is told to cut, no other thread may be using it
+            encoded = self._tokenizer(
+                list(prompts), list(answers), truncation=True, max_length=self._limit
+            )["input_ids"]
         return Tokens(
             ids=np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded]),
             offsets=np.cumsum([0, *map(len, encoded)]).astype(np.int64),

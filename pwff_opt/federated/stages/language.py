@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,28 +15,29 @@ from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
 
 
 class Language(Plain):
-    r"""Cross-entropy of the tokens of an answer, given all before them.
+    """Cross-entropy of the tokens that are asked for.
 
-    .. math:: \ell = -\frac{1}{S - a} \sum_{t = a}^{S - 1} \ln p(x_t \mid x_{<t})
-
-    ``a``: tokens of the prompt, at least one; where whole texts are learned, as in pre-training, it is one.
-    Every sequence weighs the same; in one of a single token there is nothing to learn.  Measured by the
-    share of tokens that would have been named right, and by the perplexity, both over all tokens of the
-    answers.
+    Every sequence weighs the same, however many of its tokens are asked for; one of which none is has nothing
+    to teach.  Measured by the share of tokens that would have been named right, and by the perplexity, the
+    exponential of their mean loss, both over all tokens that are asked for.
 
     Parameters
     ----------
     backbone : with a head over its vocabulary.
-    tokens, starts : the sequences and, [sequence], how many tokens of each are given.
+    tokens : the sequences.
+    learned : [sequence], how many tokens are asked for.
     """
 
-    asked = "tokens"
+    asked: str
+    """What is asked for, in the plural."""
 
-    def __init__(self, backbone: Backbone, tokens: Tokens, starts: Indices) -> None:
+    def __init__(self, backbone: Backbone, tokens: Tokens, learned: Indices) -> None:
         super().__init__(tokens)
-        self.backbone, self._starts = backbone, starts
-        self.learned = tokens.lengths - starts
-        """[sequence]: how many tokens are asked for."""
+        self.backbone, self.learned = backbone, learned
+
+    @abstractmethod
+    def scored(self, packed: Packed, sequences: Indices) -> Scored:
+        """Return what is asked for in a batch of some sequences."""
 
     def losses(self, batches: Sequence[Indices], passes: Passes) -> Iterator[Loss]:
         packed, hidden = passes.own(self.tokens, batches)
@@ -55,16 +57,32 @@ class Language(Plain):
         with np.errstate(over="ignore"):  # of a model that has gone far off: infinite
             return {"accuracy": right / count, "perplexity": float(np.exp(total / count))}
 
+
+class Causal(Language):
+    r"""The tokens of an answer are asked for, given all before them.
+
+    .. math:: \ell = -\frac{1}{S - a} \sum_{t = a}^{S - 1} \ln p(x_t \mid x_{<t})
+
+    ``a``: tokens of the prompt, at least one; where whole texts are learned, as in pre-training, it is one.
+
+    Parameters
+    ----------
+    backbone : a decoder.
+    tokens, starts : the sequences and, [sequence], how many tokens of each are given.
+    """
+
+    asked = "tokens"
+
+    def __init__(self, backbone: Backbone, tokens: Tokens, starts: Indices) -> None:
+        super().__init__(backbone, tokens, tokens.lengths - starts)
+        self._starts = starts
+
     def scored(self, packed: Packed, sequences: Indices) -> Scored:
-        """Return what is learned in a batch of some sequences."""
         return Scored.next_tokens(packed, self._starts[sequences])
 
 
 class Masked(Language):
-    """Cross-entropy of tokens that were masked, given all others on both sides (Devlin et al., NAACL 2019).
-
-    As in :class:`Language` every text weighs the same, whatever was masked of it; and so do all masked tokens
-    in what is measured, where perplexity is the exponential of their mean loss.
+    """Tokens that were masked are asked for, given all others on both sides (Devlin et al., NAACL 2019).
 
     Parameters
     ----------
@@ -76,10 +94,11 @@ class Masked(Language):
     asked = "masked tokens"
 
     def __init__(self, backbone: Backbone, tokens: Tokens, targets: Indices) -> None:
-        Plain.__init__(self, tokens)
-        self.backbone, self._targets = backbone, targets
         sequences = np.arange(len(tokens)).repeat(tokens.lengths)
-        self.learned = np.bincount(sequences[targets >= 0], minlength=len(tokens))
+        super().__init__(
+            backbone, tokens, np.bincount(sequences[targets >= 0], minlength=len(tokens))
+        )
+        self._targets = targets
 
     def scored(self, packed: Packed, sequences: Indices) -> Scored:
         targets = torch.from_numpy(self._targets[self.tokens.rows(sequences)])

@@ -32,7 +32,7 @@ from pwff_opt.federated.backbone import Backbone, Stack
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.generation import generate
 from pwff_opt.federated.passes import Passes
-from pwff_opt.federated.stages import Language
+from pwff_opt.federated.stages import Causal
 from pwff_opt.federated.tokens import Indices, Packed, Tokens
 from pwff_opt.scenario import Scenario
 
@@ -105,8 +105,8 @@ def changed(
     )
 
 
-def stage_of(evaluator: FederatedEvaluator) -> Language:
-    assert isinstance(evaluator.material.stage, Language)
+def stage_of(evaluator: FederatedEvaluator) -> Causal:
+    assert isinstance(evaluator.material.stage, Causal)
     return evaluator.material.stage
 
 
@@ -226,7 +226,7 @@ def test_only_answers_are_learned(instruction: Scenario, tmp_path: Path) -> None
     # Layers see the prompt all the same: another first token, another loss.
     ids = stage.tokens.ids.copy()
     ids[stage.tokens.offsets[batch]] = 2000
-    other = Language(backbone, replace(stage.tokens, ids=ids), stage._starts)
+    other = Causal(backbone, replace(stage.tokens, ids=ids), stage._starts)
     (changed_loss,) = other.losses([batch], Passes(backbone, [0], Stack([{}], [1.0])))
     assert (changed_loss.each != loss.each).all()
 
@@ -324,7 +324,7 @@ def test_in_a_single_token_there_is_nothing_to_learn(pretraining: Scenario, tmp_
     """It was 0 / 0, which made the device diverge; tokenizers without a start token give such texts."""
     backbone = FederatedEvaluator(pretraining, tmp_path).material.backbone
     ids = np.array([2045, 3899, 2003, 2829, 2045])
-    stage = Language(
+    stage = Causal(
         backbone, Tokens(ids=ids, offsets=np.array([0, 4, 5]), pad_id=0), np.ones(2, dtype=int)
     )
     passes = Passes(backbone, [0], Stack([{}], [1.0]))

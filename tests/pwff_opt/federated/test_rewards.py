@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import expit
 
 from pwff_opt.federated.rewards import (
@@ -15,6 +17,7 @@ from pwff_opt.federated.rewards import (
     fitted_temperature,
     reliability,
 )
+from pwff_opt.models import model_source
 
 GOOD = ("kind", "helpful", "gentle", "honest", "patient", "fair")
 BAD = ("rude", "cruel", "lazy", "greedy", "mean", "unfair")
@@ -39,8 +42,6 @@ def pairs(seed: int, count: int) -> Pairs:
 
 
 def test_learns_what_is_preferred_and_comes_back_as_it_was(tmp_path: Path) -> None:
-    from pwff_opt.models import model_source
-
     reader = Reader(model_source("minilm"))
     parts = pairs(1, 60), pairs(2, 40), pairs(3, 40)
     model = RewardModel.of(reader, *parts, steps=12, seed=1, folder=tmp_path)
@@ -70,6 +71,27 @@ def test_learns_what_is_preferred_and_comes_back_as_it_was(tmp_path: Path) -> No
     path.write_bytes(b"damaged")
     mended = RewardModel.of(reader, *parts, steps=12, seed=1, folder=tmp_path)
     assert mended.reliability == model.reliability
+
+
+def test_the_number_of_threads_does_not_show(tmp_path: Path) -> None:
+    """Products that are split over threads round otherwise, and AdamW makes much of it."""
+    reader = Reader(model_source("minilm"))
+    parts = [  # long enough to be split
+        replace(own, prompts=tuple(prompt * 4 for prompt in own.prompts))
+        for own in (pairs(1, 60), pairs(2, 20), pairs(3, 20))
+    ]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            folder = tmp_path / str(threads)
+            folder.mkdir()
+            RewardModel.of(reader, *parts, steps=3, seed=1, folder=folder)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    one, two = (next((tmp_path / name).iterdir()).read_bytes() for name in "12")
+    assert one == two
 
 
 def test_the_frozen_encoder_is_left_as_it_was(tmp_path: Path, small_model: Path) -> None:

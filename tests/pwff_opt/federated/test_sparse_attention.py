@@ -32,7 +32,7 @@ from pwff_opt.federated.backbone import NOTHING, Backbone
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.export import load_device_model
 from pwff_opt.federated.generation import generate
-from pwff_opt.federated.stages import Language
+from pwff_opt.federated.stages import Causal
 from pwff_opt.federated.tokens import Packed, Tokens
 from pwff_opt.models import model_source
 from pwff_opt.scenario import Alignment, Scenario
@@ -221,7 +221,7 @@ def test_training_equals_plain_peft(sparse: Scenario, tmp_path: Path) -> None:
     """Cached activations, adapters and LoRA with sparse attention, one device after another."""
     evaluator = FederatedEvaluator(sparse, tmp_path / "checkpoints")
     stage = evaluator.material.stage
-    assert isinstance(stage, Language)
+    assert isinstance(stage, Causal)
     assert (stage.tokens.lengths > 7).mean() > 0.5
 
     def loss(model: Any, _device: int, batch: Sequence[int]) -> torch.Tensor:
