@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from pwff_opt.federated import products
 from pwff_opt.federated.attention import Around
-from pwff_opt.federated.products import Frozen
+from pwff_opt.federated.products import Frozen, LowRank, add_low_rank
 from pwff_opt.federated.tokens import Packed, Tokens
 
 
@@ -119,3 +119,57 @@ def test_a_sequence_that_diverged_stays_alone() -> None:
     for x in inputs:
         assert x.grad is not None
         assert x.grad[others].isfinite().all()
+
+
+def low_rank_parts(
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor, list[LowRank], list[torch.Tensor]]:
+    """Three devices of 5, 3 and 4 tokens: two projections, none, and two kinds of one projection."""
+    torch.manual_seed(seed)
+    projected, entered = torch.randn(12, 21).double(), torch.randn(12, 6).double()
+    places = [
+        LowRank(slice(0, 5), 2.0, (slice(0, 8), slice(14, 21))),
+        LowRank(slice(8, 12), 0.7, (slice(14, 21),)),
+        LowRank(slice(8, 12), 3.0, (slice(14, 21),)),
+    ]
+    shapes = [(2, 6), (4, 6), (8, 2), (7, 4), (3, 6), (7, 3), (1, 6), (7, 1)]
+    return projected, entered, places, [torch.randn(shape).double() for shape in shapes]
+
+
+def test_low_rank_sums_and_their_gradients() -> None:
+    projected, entered, places, factors = low_rank_parts(3)
+    expected = projected.clone()
+    aq, av, bq, bv, a1, b1, a2, b2 = factors
+    expected[:5, :8] += 2.0 * entered[:5] @ aq.T @ bq.T
+    expected[:5, 14:] += 2.0 * entered[:5] @ av.T @ bv.T
+    expected[8:, 14:] += entered[8:] @ (0.7 * b1 @ a1 + 3.0 * b2 @ a2).T
+    found = add_low_rank(projected.clone(), entered, places, factors)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+    def added(projected: torch.Tensor, entered: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
+        return add_low_rank(projected * 1.0, entered, places, own)
+
+    leaves = [x.requires_grad_() for x in (projected, entered, *factors)]
+    assert torch.autograd.gradcheck(added, leaves)
+
+
+@pytest.mark.parametrize("frozen", [(0, 1, 4, 6), (2, 3, 5, 7)])
+def test_factors_that_do_not_learn_get_no_gradient(frozen: tuple[int, ...]) -> None:
+    projected, entered, places, factors = low_rank_parts(4)
+    for number, own in enumerate(factors):
+        own.requires_grad_(number not in frozen)
+    add_low_rank(projected, entered, places, factors).square().sum().backward()
+    assert [own.grad is None for own in factors] == [n in frozen for n in range(len(factors))]
+
+
+def test_a_device_whose_factors_diverged_stays_alone() -> None:
+    projected, entered, places, factors = low_rank_parts(5)
+    factors[2].fill_(torch.nan)
+    leaves = [own.requires_grad_() for own in (entered, *factors)]
+    found = add_low_rank(projected, entered, places, factors)
+    assert found[:5, :8].isnan().all()
+    assert found[5:].isfinite().all()
+    found.square().sum().backward()
+    assert leaves[0].grad is not None
+    assert leaves[0].grad[5:].isfinite().all()
+    assert all(own.grad is not None and own.grad.isfinite().all() for own in factors[4:])
