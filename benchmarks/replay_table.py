@@ -2,8 +2,9 @@
 
 ``python benchmarks/replay_table.py`` trains each of the 323 schedules of ``replay.toml`` that fit into the
 devices' memory, once a training seed, and writes ``benchmarks/results/replay.parquet``: a row a seed,
-schedule, validated round and device, with the accuracy on validation and on test data.  About a
-quarter of an hour a seed on two cores with bfloat16; it can be killed and goes on where it was.
+schedule, validated round and device, with the accuracy on validation and on test data.  Seeds that the
+table has are kept, unless ``--anew``.  About a quarter of an hour a seed on two cores with bfloat16; it
+can be killed and goes on where it was.
 """
 
 from __future__ import annotations
@@ -86,22 +87,36 @@ def trained(scenario: Scenario, folder: Path) -> tuple[pd.DataFrame, dict[str, A
     return pd.DataFrame(rows, columns=names), run.info()["workload"]
 
 
+def kept() -> tuple[pd.DataFrame | None, dict[str, Any] | None]:
+    """Return the table as it is, and what the data contribute to costs; nothing where there is none."""
+    if not TABLE.is_file():
+        return None, None
+    table = pd.read_parquet(TABLE)
+    return table.astype({"schedule": str}), table.attrs["workload"]
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--out", type=Path, default=Path("runs/replay"))
+    options.add_argument("--anew", action="store_true", help="train the seeds that the table has, too")
     chosen = options.parse_args()
     scenario = read_scenario(SCENARIO)
-    parts = [
-        trained(
+    old, workload = (None, None) if chosen.anew else kept()
+    parts = []
+    for seed in range(1, chosen.seeds + 1):
+        if old is not None and (own := old[old["seed"] == seed]).size:
+            print(f"seed {seed}: kept, {own['schedule'].nunique()} schedules")
+            parts.append(own)
+            continue
+        rows, workload = trained(
             replace(scenario, seeds=replace(scenario.seeds, training=seed)),
             chosen.out / f"seed{seed}",
         )
-        for seed in range(1, chosen.seeds + 1)
-    ]
-    table = pd.concat([rows for rows, _ in parts], ignore_index=True)
+        parts.append(rows)
+    table = pd.concat(parts, ignore_index=True)
     table["schedule"] = table["schedule"].astype("category")
-    table.attrs["workload"] = parts[0][1]
+    table.attrs["workload"] = workload
     table.to_parquet(TABLE, index=False, compression="zstd")
     print(f"wrote {TABLE}: {len(table)} rows; next: make bench-search")
 
