@@ -99,7 +99,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--out", type=Path, default=Path("runs/replay"))
-    options.add_argument("--anew", action="store_true", help="train the seeds that the table has, too")
+    options.add_argument(
+        "--anew", action="store_true", help="train the seeds that the table has, too"
+    )
     chosen = options.parse_args()
     scenario = read_scenario(SCENARIO)
     old, workload = (None, None) if chosen.anew else kept()
