@@ -60,14 +60,15 @@ class Stack:
     def add_low_rank(
         self,
         layer: int,
-        entered: torch.Tensor,
         projected: torch.Tensor,
+        entered: torch.Tensor,
         columns: Mapping[str, slice],
         counts: Sequence[int],
     ) -> torch.Tensor:
-        """Return ``projected`` with ``scale B A entered`` added, each device by its own factors.
+        """Add ``scale B A entered`` to ``projected`` in place, each device's by its own factors; return it.
 
-        [token, column] both, the latter to the columns of every projection that has factors; in place.
+        ``projected``: [token, column], added to in the columns of every projection that has factors;
+        ``entered``: [token, hidden].
         """
         pairs, factors, start = [], [], 0
         for own, count, scale in zip(self._blocks, counts, self._scales, strict=True):
@@ -223,13 +224,13 @@ class Backbone:
                 entered = layer.enter(x)
                 deltas = stack.deltas(number)
                 if known and start.projected is not None and not deltas:
-                    projected = start.projected
+                    projected = start.projected.clone()  # it is added to in place
                 elif deltas:
                     projected = self._projection(number, deltas)(entered)
                 else:
                     projected = layer.project(entered)
                 targets = {name: layer.columns[name] for name in LORA_TARGETS[self.family]}
-                projected = stack.add_low_rank(number, entered, projected, targets, counts)
+                projected = stack.add_low_rank(number, projected, entered, targets, counts)
                 sizes = [part.stop - part.start for part in layer.columns.values()]
                 parts = dict(zip(layer.columns, projected.split(sizes, 1), strict=True))
                 x = layer.complete(x, parts, around)

@@ -18,7 +18,7 @@ from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.reconcile import conflict, gram, stationarity, weights
 from pwff_opt.federated.stages import Lesson, Stage
 from pwff_opt.federated.tokens import Indices
-from pwff_opt.federated.workers import out_of_memory
+from pwff_opt.federated.workers import go_on, out_of_memory
 from pwff_opt.scenario import Training
 
 logger = logging.getLogger(__name__)
@@ -136,6 +136,7 @@ class Cohort:
         """Take the steps of a round, ``batches`` [device][step]; return what each device has learned."""
         losses, notes = [], []
         for number, step in enumerate(zip(*batches, strict=True)):
+            go_on()
             lesson, ready = self._stage.lesson(
                 step, self._passes, seed=seed, round=round, step=number
             )

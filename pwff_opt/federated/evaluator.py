@@ -69,7 +69,9 @@ class FederatedEvaluator:
         self._folder = Path(checkpoints)
         self._tick, self._worker_count = tick, workers
         self.device_rounds: int = 0 if like is None else like.device_rounds
-        self.material: Material = Material.of(scenario, None if like is None else like.material)
+        self.material: Material = Material.of(
+            scenario, None if like is None else like.material, workers=workers
+        )
         self._costs = CostModel(scenario, self.material.workload)
         shares = like is not None and like.material.stage.tokens is self.material.stage.tokens
         self.trainer: Trainer = Trainer(

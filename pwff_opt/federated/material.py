@@ -80,11 +80,14 @@ class Material:
     """What it was made from."""
 
     @classmethod
-    def of(cls, scenario: Scenario, like: Material | None = None) -> Material:
+    def of(
+        cls, scenario: Scenario, like: Material | None = None, *, workers: int | None = None
+    ) -> Material:
         """Load model and data of a scenario, and deal these out; or take them from ``like``.
 
         What ``like`` has been made from may be the same but for what devices do with it: then it is used
-        again, and only the losses of an alignment are made anew.
+        again, and only the losses of an alignment are made anew.  ``workers``: reward models trained side
+        by side; all cores if none is given.
 
         Raises
         ------
@@ -93,13 +96,13 @@ class Material:
         """
         origin = _origin(scenario)
         if like is None or like.origin != origin:
-            return replace(_MAKERS[scenario.training.stage](scenario), origin=origin)
+            return replace(_MAKERS[scenario.training.stage](scenario, workers), origin=origin)
         if isinstance(like.stage, Aligned):
             return replace(like, stage=like.stage.by(scenario))
         return like
 
 
-def _classification(scenario: Scenario) -> Material:
+def _classification(scenario: Scenario, _: int | None) -> Material:
     corpus = load_corpus(scenario.data, folder=Path(scenario.folder))
     shards, used = _dealt(corpus, scenario)
     source, tokenizer, pad_id = _model(scenario)
@@ -126,7 +129,7 @@ def _classification(scenario: Scenario) -> Material:
     )
 
 
-def _pretraining(scenario: Scenario) -> Material:
+def _pretraining(scenario: Scenario, _: int | None) -> Material:
     corpus = load_texts(scenario.data, folder=Path(scenario.folder))
     shards, used = _dealt(corpus, scenario)
     source, tokenizer, pad_id = _model(scenario)
@@ -144,7 +147,7 @@ def _pretraining(scenario: Scenario) -> Material:
     return _language(scenario, source, stage, shards, corpus, "texts", notes)
 
 
-def _instruction(scenario: Scenario) -> Material:
+def _instruction(scenario: Scenario, _: int | None) -> Material:
     corpus = load_demonstrations(scenario.data, folder=Path(scenario.folder))
     shards, used = _dealt(corpus, scenario)
     source, tokenizer, pad_id = _model(scenario)
@@ -196,7 +199,7 @@ def _language(
     )
 
 
-def _alignment(scenario: Scenario) -> Material:
+def _alignment(scenario: Scenario, workers: int | None) -> Material:
     settings, devices = scenario.alignment, len(scenario.devices)
     preferences = load_preferences(scenario.data, folder=Path(scenario.folder))
     dealt = partition_preferences(
@@ -214,7 +217,7 @@ def _alignment(scenario: Scenario) -> Material:
     )
     learned, held_out = dealt.reward_train, dealt.reward_held_out
     rewards = tuple(
-        Workers().map(
+        Workers(workers).map(
             lambda axis: _reward(reader, preferences, learned, held_out, axis, scenario),
             range(len(AXES)),
         )

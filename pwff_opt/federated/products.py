@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 ROWS = 8  # twice as many shapes as 16, half the filling; all of a run's kernels still fit the cache
@@ -122,6 +123,7 @@ class _LowRankSum(torch.autograd.Function):
         return projected
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,), places = grads, ctx.places
         entered, *saved = ctx.saved_tensors

@@ -14,6 +14,7 @@ from plain_language import save_decoder
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from pwff_opt import evaluation
 from pwff_opt.decision import Schedule
 from pwff_opt.federated.backbone import Stack
 from pwff_opt.federated.blocks import Tensors
@@ -333,11 +334,15 @@ def test_killed_and_resumed_ends_the_same(
     assert resumed.rounds[-1].notes == straight.rounds[-1].notes
 
 
-def test_users_are_part_of_the_key(scenario: Scenario) -> None:
-    from pwff_opt.evaluation import learning_key
-
+def test_users_and_rewards_are_part_of_the_key(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learning_key = evaluation.learning_key
     schedule = Schedule.parse("3x2:fpa", devices=3)
     key = learning_key(scenario, schedule)
+    with monkeypatch.context() as other_rewards:
+        other_rewards.setattr(evaluation, "REWARDS_VERSION", -1)
+        assert learning_key(scenario, schedule) != key
     others = tuple(replace(device, helpfulness=0.4) for device in scenario.devices)
     assert learning_key(replace(scenario, devices=others), schedule) != key
     assert learning_key(variant(scenario, kl=0.2), schedule) != key

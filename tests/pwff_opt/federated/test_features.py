@@ -136,6 +136,9 @@ def test_devices_that_read_the_same_text_do_not_read_each_other(
             projected = backbone.project(level.layer, whole)
             torch.testing.assert_close(start.projected, projected, rtol=1e-5, atol=1e-5)
         assert not start.hidden.is_inference()
+        with torch.no_grad():  # a start is not used up
+            first, again = (backbone.run(packed, stack, start) for _ in range(2))
+        assert torch.equal(first, again)
 
 
 def test_a_budget_beyond_the_memory_falls_back_on_files(

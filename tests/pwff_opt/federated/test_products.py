@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from pwff_opt.federated import products
 from pwff_opt.federated.attention import Around
@@ -154,12 +155,41 @@ def test_low_rank_sums_and_their_gradients() -> None:
 
 
 @pytest.mark.parametrize("frozen", [(0, 1, 4, 6), (2, 3, 5, 7)])
-def test_factors_that_do_not_learn_get_no_gradient(frozen: tuple[int, ...]) -> None:
+def test_nothing_is_computed_for_factors_that_do_not_learn(frozen: tuple[int, ...]) -> None:
     projected, entered, places, factors = low_rank_parts(4)
     for number, own in enumerate(factors):
         own.requires_grad_(number not in frozen)
-    add_low_rank(projected, entered, places, factors).square().sum().backward()
+    loss = add_low_rank(projected, entered, places, factors).square().sum()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
     assert [own.grad is None for own in factors] == [n in frozen for n in range(len(factors))]
+    tokens = (5, 5, 5, 5, 4, 4, 4, 4)
+    # From the outputs back through B, and for each factor that learns.
+    needed = sum(2 * tokens[n] * factors[n].numel() for n in (2, 3, 5, 7))
+    needed += sum(2 * tokens[n] * own.numel() for n, own in enumerate(factors) if n not in frozen)
+    assert counter.get_total_flops() == needed
+
+
+def test_what_is_added_in_place_is_noticed() -> None:
+    projected, entered, places, factors = low_rank_parts(6)
+    projected = projected.requires_grad_() * 1.0
+    needs_its_own_value = projected.exp()
+    add_low_rank(projected, entered, places, factors)
+    needs_its_own_value.sum().backward()  # exp keeps its result
+    projected = projected.detach().requires_grad_() * 1.0
+    needs_its_input = projected.square()
+    add_low_rank(projected, entered, places, factors)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        needs_its_input.sum().backward()
+
+
+def test_second_derivatives_are_refused() -> None:
+    projected, entered, places, factors = low_rank_parts(7)
+    leaves = [own.requires_grad_() for own in factors]
+    loss = add_low_rank(projected, entered, places, leaves).square().sum()
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first[0].sum().backward()
 
 
 def test_a_device_whose_factors_diverged_stays_alone() -> None:

@@ -1,0 +1,41 @@
+"""Work on all cores: order, and that nobody waits for what has been given up."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from pwff_opt.federated.workers import Workers, go_on
+
+
+def test_results_and_calls_are_in_order() -> None:
+    told: list[int] = []
+
+    def work(item: int) -> int:
+        time.sleep(0.02 * (3 - item))
+        return 10 * item
+
+    assert Workers(3).map(work, range(3), done=told.append) == [0, 10, 20]
+    assert told == [0, 1, 2]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_long_item_ends_at_its_next_step_when_another_fails(error: type[BaseException]) -> None:
+    steps, begun = [], threading.Event()
+
+    def work(item: int) -> None:
+        if item == 0:
+            begun.wait(10)
+            raise error
+        for number in range(1000):
+            begun.set()
+            go_on()
+            steps.append(number)
+            time.sleep(0.01)
+
+    with pytest.raises(error):
+        Workers(2).map(work, range(2))
+    assert 0 < len(steps) < 500
+    assert Workers(1).map(lambda _: go_on(), range(2)) == [None, None]  # the next map goes on
