@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
 from pwff_opt.federated.attention import Around, Window
 from pwff_opt.federated.blocks import Tensors
 from pwff_opt.federated.families import HEADS, LAYERS, LORA_TARGETS, Ends, fused
-from pwff_opt.federated.products import Frozen, LowRank, add_low_rank
+from pwff_opt.federated.products import Frozen
 from pwff_opt.federated.tokens import Packed
 from pwff_opt.models import model_config
 
@@ -60,25 +60,25 @@ class Stack:
     def add_low_rank(
         self,
         layer: int,
-        projected: torch.Tensor,
+        name: str,
         entered: torch.Tensor,
-        columns: Mapping[str, slice],
+        base: torch.Tensor,
         counts: Sequence[int],
     ) -> torch.Tensor:
-        """Add ``scale B A entered`` to ``projected`` in place, each device's by its own factors; return it.
-
-        ``projected``: [token, column], added to in the columns of every projection that has factors;
-        ``entered``: [token, hidden].
-        """
-        pairs, factors, start = [], [], 0
-        for own, count, scale in zip(self._blocks, counts, self._scales, strict=True):
-            rows = slice(start, start := start + count)
-            for kind, times in (("lora", scale), ("common", self._common_scale)):
-                names = [name for name in columns if f"{kind}.{layer}.{name}.A" in own]
-                if names:
-                    pairs.append(LowRank(rows, times, tuple(columns[name] for name in names)))
-                    factors += [own[f"{kind}.{layer}.{name}.{x}"] for x in "AB" for name in names]
-        return add_low_rank(projected, entered, pairs, factors) if pairs else projected
+        """Return ``base + scale B A entered`` [token, outputs], each device by its own factors."""
+        kinds = [kind for kind in ("lora", "common") if f"{kind}.{layer}.{name}.A" in self._names]
+        for kind in kinds:
+            changes = []
+            for device, part in enumerate(entered.split(list(counts))):
+                a = self._blocks[device].get(f"{kind}.{layer}.{name}.A")
+                if a is None:
+                    changes.append(part.new_zeros(len(part), base.shape[1]))
+                    continue
+                b = self._blocks[device][f"{kind}.{layer}.{name}.B"]
+                scale = self._scales[device] if kind == "lora" else self._common_scale
+                changes.append(functional.linear(functional.linear(part, a) * scale, b))
+            base = base + torch.cat(changes)
+        return base
 
     def adapt(self, layer: int, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Return ``x`` through each device's bottleneck adapter, where the layer has one."""
@@ -224,15 +224,14 @@ class Backbone:
                 entered = layer.enter(x)
                 deltas = stack.deltas(number)
                 if known and start.projected is not None and not deltas:
-                    projected = start.projected.clone()  # it is added to in place
+                    projected = start.projected
                 elif deltas:
                     projected = self._projection(number, deltas)(entered)
                 else:
                     projected = layer.project(entered)
-                targets = {name: layer.columns[name] for name in LORA_TARGETS[self.family]}
-                projected = stack.add_low_rank(number, projected, entered, targets, counts)
-                sizes = [part.stop - part.start for part in layer.columns.values()]
-                parts = dict(zip(layer.columns, projected.split(sizes, 1), strict=True))
+                parts = {name: projected[:, columns] for name, columns in layer.columns.items()}
+                for name in LORA_TARGETS[self.family]:
+                    parts[name] = stack.add_low_rank(number, name, entered, parts[name], counts)
                 x = layer.complete(x, parts, around)
             if number < stop:
                 x = stack.adapt(number, x, counts)

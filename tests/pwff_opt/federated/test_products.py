@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 from pwff_opt.federated import products
 from pwff_opt.federated.attention import Around
-from pwff_opt.federated.products import Frozen, LowRank, add_low_rank
+from pwff_opt.federated.products import Frozen
 from pwff_opt.federated.tokens import Packed, Tokens
 
 
@@ -120,86 +119,3 @@ def test_a_sequence_that_diverged_stays_alone() -> None:
     for x in inputs:
         assert x.grad is not None
         assert x.grad[others].isfinite().all()
-
-
-def low_rank_parts(
-    seed: int,
-) -> tuple[torch.Tensor, torch.Tensor, list[LowRank], list[torch.Tensor]]:
-    """Three devices of 5, 3 and 4 tokens: two projections, none, and two kinds of one projection."""
-    torch.manual_seed(seed)
-    projected, entered = torch.randn(12, 21).double(), torch.randn(12, 6).double()
-    places = [
-        LowRank(slice(0, 5), 2.0, (slice(0, 8), slice(14, 21))),
-        LowRank(slice(8, 12), 0.7, (slice(14, 21),)),
-        LowRank(slice(8, 12), 3.0, (slice(14, 21),)),
-    ]
-    shapes = [(2, 6), (4, 6), (8, 2), (7, 4), (3, 6), (7, 3), (1, 6), (7, 1)]
-    return projected, entered, places, [torch.randn(shape).double() for shape in shapes]
-
-
-def test_low_rank_sums_and_their_gradients() -> None:
-    projected, entered, places, factors = low_rank_parts(3)
-    expected = projected.clone()
-    aq, av, bq, bv, a1, b1, a2, b2 = factors
-    expected[:5, :8] += 2.0 * entered[:5] @ aq.T @ bq.T
-    expected[:5, 14:] += 2.0 * entered[:5] @ av.T @ bv.T
-    expected[8:, 14:] += entered[8:] @ (0.7 * b1 @ a1 + 3.0 * b2 @ a2).T
-    found = add_low_rank(projected.clone(), entered, places, factors)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-    def added(projected: torch.Tensor, entered: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
-        return add_low_rank(projected * 1.0, entered, places, own)
-
-    leaves = [x.requires_grad_() for x in (projected, entered, *factors)]
-    assert torch.autograd.gradcheck(added, leaves)
-
-
-@pytest.mark.parametrize("frozen", [(0, 1, 4, 6), (2, 3, 5, 7)])
-def test_nothing_is_computed_for_factors_that_do_not_learn(frozen: tuple[int, ...]) -> None:
-    projected, entered, places, factors = low_rank_parts(4)
-    for number, own in enumerate(factors):
-        own.requires_grad_(number not in frozen)
-    loss = add_low_rank(projected, entered, places, factors).square().sum()
-    with FlopCounterMode(display=False) as counter:
-        loss.backward()
-    assert [own.grad is None for own in factors] == [n in frozen for n in range(len(factors))]
-    tokens = (5, 5, 5, 5, 4, 4, 4, 4)
-    # From the outputs back through B, and for each factor that learns.
-    needed = sum(2 * tokens[n] * factors[n].numel() for n in (2, 3, 5, 7))
-    needed += sum(2 * tokens[n] * own.numel() for n, own in enumerate(factors) if n not in frozen)
-    assert counter.get_total_flops() == needed
-
-
-def test_what_is_added_in_place_is_noticed() -> None:
-    projected, entered, places, factors = low_rank_parts(6)
-    projected = projected.requires_grad_() * 1.0
-    needs_its_own_value = projected.exp()
-    add_low_rank(projected, entered, places, factors)
-    needs_its_own_value.sum().backward()  # exp keeps its result
-    projected = projected.detach().requires_grad_() * 1.0
-    needs_its_input = projected.square()
-    add_low_rank(projected, entered, places, factors)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        needs_its_input.sum().backward()
-
-
-def test_second_derivatives_are_refused() -> None:
-    projected, entered, places, factors = low_rank_parts(7)
-    leaves = [own.requires_grad_() for own in factors]
-    loss = add_low_rank(projected, entered, places, leaves).square().sum()
-    first = torch.autograd.grad(loss, leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first[0].sum().backward()
-
-
-def test_a_device_whose_factors_diverged_stays_alone() -> None:
-    projected, entered, places, factors = low_rank_parts(5)
-    factors[2].fill_(torch.nan)
-    leaves = [own.requires_grad_() for own in (entered, *factors)]
-    found = add_low_rank(projected, entered, places, factors)
-    assert found[:5, :8].isnan().all()
-    assert found[5:].isfinite().all()
-    found.square().sum().backward()
-    assert leaves[0].grad is not None
-    assert leaves[0].grad[5:].isfinite().all()
-    assert all(own.grad is not None and own.grad.isfinite().all() for own in factors[4:])
