@@ -23,7 +23,7 @@ the last round.
 what stopping lost, against its own schedules had they been trained to the end.  *Certificate*: what it
 claims after some trainings, against the true ratio within the same corner, at several confidences.
 
-``python benchmarks/bench_search.py`` (half an hour; ``--quick`` for a smoke test) writes
+``python benchmarks/bench_search.py`` (20 to 30 minutes; ``--quick`` for a smoke test) writes
 ``benchmarks/results/search.json`` and the figure ``runs/search.png``.
 """
 
