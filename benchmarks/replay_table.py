@@ -3,7 +3,7 @@
 ``python benchmarks/replay_table.py`` trains each of the 323 schedules of ``replay.toml`` that fit into the
 devices' memory, once a training seed, and writes ``benchmarks/results/replay.parquet``: a row a seed,
 schedule, validated round and device, with the accuracy on validation and on test data.  Seeds that the
-table has are kept, unless ``--anew``.  About a quarter of an hour a seed on two cores with bfloat16; it
+table has are kept, unless ``--anew``.  A quarter to half an hour a seed on two cores with bfloat16; it
 can be killed and goes on where it was.
 """
 
@@ -23,7 +23,7 @@ import pandas as pd
 from pwff_opt.decision import Schedule
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.planning import Planner
-from pwff_opt.records import Journal, RunFolder
+from pwff_opt.records import Journal, RunFolder, write_atomically
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario_io import read_scenario
 
@@ -106,8 +106,10 @@ def main() -> None:
     scenario = read_scenario(SCENARIO)
     old, workload = (None, None) if chosen.anew else kept()
     parts = []
-    for seed in range(1, chosen.seeds + 1):
-        if old is not None and (own := old[old["seed"] == seed]).size:
+    known = [] if old is None else old["seed"].unique().tolist()
+    for seed in sorted({*known, *range(1, chosen.seeds + 1)}):  # none that is there is lost
+        if old is not None and seed in known:
+            own = old[old["seed"] == seed]
             print(f"seed {seed}: kept, {own['schedule'].nunique()} schedules")
             parts.append(own)
             continue
@@ -119,7 +121,9 @@ def main() -> None:
     table = pd.concat(parts, ignore_index=True)
     table["schedule"] = table["schedule"].astype("category")
     table.attrs["workload"] = workload
-    table.to_parquet(TABLE, index=False, compression="zstd")
+    write_atomically(
+        TABLE, lambda target: table.to_parquet(target, index=False, compression="zstd")
+    )
     print(f"wrote {TABLE}: {len(table)} rows; next: make bench-search")
 
 

@@ -85,8 +85,7 @@ def _keep_freed_memory() -> None:
     """Let the C library hold on to what a step has freed, up to 512 MiB, for the next one.
 
     Otherwise megabytes go back to the system after every product, and are mapped, cleared and faulted in
-    again by the next: a tenth of the time of the built-in scenario's trainings in float32.  Who has
-    set these limits by the environment is left alone.
+    again by the next.  Who has set these limits by the environment is left alone.
     """
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")):
         return
