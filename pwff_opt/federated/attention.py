@@ -61,10 +61,10 @@ class Around:
     def attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float
     ) -> torch.Tensor:
-        """Return the attended values, [token, head x size], of [token, head, size] each.
+        """Return the attended values, [row, head x size], of [row, head, size] each.
 
         softmax(scale Q K^T) V in every sequence and head; several heads of queries may share one of
-        keys and values, in order (grouped queries).
+        keys and values, in order (grouped queries). Rows beyond the tokens fill up, and stay zero.
         """
         attended: torch.Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
             queries, keys, values, self.packed, self._bias, scale
@@ -100,12 +100,12 @@ class _Attention(torch.autograd.Function):
         weights = weights.softmax(-1)
         ctx.save_for_backward(q, k, v, weights)
         ctx.packed, ctx.groups, ctx.scale = packed, groups, scale
-        return _tokens(weights @ v, packed).flatten(1)
+        return _tokens(weights @ v, packed, len(queries)).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
-        packed, scale = ctx.packed, ctx.scale
+        packed, scale, rows = ctx.packed, ctx.scale, len(grads[0])
         gradient = _padded(grads[0].unflatten(1, (-1, v.shape[-1])), packed)
         if packed.inside is not None:  # nothing was read from padded places
             gradient.view(-1, packed.sequences, packed.width, v.shape[-1]).mul_(
@@ -119,25 +119,30 @@ class _Attention(torch.autograd.Function):
                 gradient @ v.transpose(1, 2), weights, -1, weights.dtype
             )
             if ctx.needs_input_grad[0]:
-                dq = _tokens(_scaled(scores, k, scale), packed)
+                dq = _tokens(_scaled(scores, k, scale), packed, rows)
             if ctx.needs_input_grad[1]:
                 dk = _scaled(scores.transpose(1, 2), q, scale)
         dk, dv = (
-            None if x is None else _tokens(_summed(x, ctx.groups, packed), packed) for x in (dk, dv)
+            None if x is None else _tokens(_summed(x, ctx.groups, packed), packed, rows)
+            for x in (dk, dv)
         )
         return dq, dk, dv, None, None, None
 
 
 def _padded(x: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """Return [head x sequence, width, size] of [token, head, size]."""
+    """Return [head x sequence, width, size] of [row, head, size]."""
     padded = x.transpose(0, 1).index_select(1, packed.slots)
     return padded.view(-1, packed.width, x.shape[2])
 
 
-def _tokens(x: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """Return [token, head, size] of [head x sequence, width, size]."""
-    places = x.view(-1, packed.sequences * packed.width, x.shape[2])
-    return places.transpose(0, 1).index_select(0, packed.places)
+def _tokens(x: torch.Tensor, packed: Packed, rows: int) -> torch.Tensor:
+    """Return [row, head, size] of [head x sequence, width, size]."""
+    places = x.view(-1, packed.sequences * packed.width, x.shape[2]).transpose(0, 1)
+    tokens = len(packed.places)
+    found = x.new_empty(rows, *places.shape[1:])
+    torch.index_select(places, 0, packed.places, out=found[:tokens])
+    found[tokens:] = 0
+    return found
 
 
 def _repeated(x: torch.Tensor, groups: int, packed: Packed) -> torch.Tensor:

@@ -24,7 +24,7 @@ from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
 from pwff_opt.federated.attention import Around, Window
 from pwff_opt.federated.blocks import Tensors
 from pwff_opt.federated.families import HEADS, LAYERS, LORA_TARGETS, Ends, fused
-from pwff_opt.federated.products import Frozen
+from pwff_opt.federated.products import Frozen, filled
 from pwff_opt.federated.tokens import Packed
 from pwff_opt.models import model_config
 
@@ -69,7 +69,7 @@ class Stack:
         kinds = [kind for kind in ("lora", "common") if f"{kind}.{layer}.{name}.A" in self._names]
         for kind in kinds:
             changes = []
-            for device, part in enumerate(entered.split(list(counts))):
+            for device, part in enumerate(self._parts(entered, counts)):
                 a = self._blocks[device].get(f"{kind}.{layer}.{name}.A")
                 if a is None:
                     changes.append(part.new_zeros(len(part), base.shape[1]))
@@ -77,7 +77,7 @@ class Stack:
                 b = self._blocks[device][f"{kind}.{layer}.{name}.B"]
                 scale = self._scales[device] if kind == "lora" else self._common_scale
                 changes.append(functional.linear(functional.linear(part, a) * scale, b))
-            base = base + torch.cat(changes)
+            base = base + joined(changes)
         return base
 
     def adapt(self, layer: int, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -86,7 +86,7 @@ class Stack:
         if f"{prefix}up.bias" not in self._names:
             return x
         changes = []
-        for device, part in enumerate(x.split(list(counts))):
+        for device, part in enumerate(self._parts(x, counts)):
             own = self._blocks[device]
             if f"{prefix}up.bias" not in own:
                 changes.append(torch.zeros_like(part))
@@ -97,7 +97,7 @@ class Stack:
                     functional.gelu(inner), own[f"{prefix}up.weight"], own[f"{prefix}up.bias"]
                 )
             )
-        return x + torch.cat(changes)
+        return x + joined(changes)
 
     def deltas(self, layer: int) -> Tensors:
         """Return what aggregation has added to a layer's frozen weights: the same for all devices."""
@@ -110,12 +110,21 @@ class Stack:
 
     def classify(self, pooled: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Return [sequence, class] by each device's own head."""
-        return torch.cat(
+        return joined(
             [
                 functional.linear(part, own["head.weight"], own.get("head.bias"))
-                for part, own in zip(pooled.split(list(counts)), self._blocks, strict=True)
+                for part, own in zip(self._parts(pooled, counts), self._blocks, strict=True)
             ]
         )
+
+    def _parts(self, x: torch.Tensor, counts: Sequence[int]) -> Sequence[torch.Tensor]:
+        """Return the rows of every device."""
+        return [x] if len(self._blocks) == 1 else x.split(list(counts))
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return tensors one below the other; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 NOTHING = Stack([{}], [1.0])
@@ -184,11 +193,8 @@ class Backbone:
 
     def lora_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
         """Return (inputs, outputs) of every projection of a layer that carries a LoRA."""
-        columns = self.layers[layer].columns
-        return {
-            name: (self.hidden, columns[name].stop - columns[name].start)
-            for name in LORA_TARGETS[self.family]
-        }
+        widths = self.layers[layer].widths
+        return {name: (self.hidden, widths[name]) for name in LORA_TARGETS[self.family]}
 
     def embed(self, packed: Packed) -> Start:
         """Return the start below all layers."""
@@ -216,26 +222,28 @@ class Backbone:
         """
         stop = self.layer_count if stop is None else stop
         around = around or self.ends.around(packed)
-        counts = packed.token_counts
-        x = start.hidden
+        x = filled(start.hidden)
+        *counts, last = packed.token_counts
+        counts.append(last + len(x) - len(start.hidden))  # what fills up goes with the last device
         for number in range(start.layer, stop + completed):
             layer, known = self.layers[number], number == start.layer
             if not (known and start.completed):
                 entered = layer.enter(x)
                 deltas = stack.deltas(number)
                 if known and start.projected is not None and not deltas:
-                    projected = start.projected
+                    projected = filled(start.projected)
                 elif deltas:
                     projected = self._projection(number, deltas)(entered)
                 else:
                     projected = layer.project(entered)
-                parts = {name: projected[:, columns] for name, columns in layer.columns.items()}
+                columns = projected.split([*layer.widths.values()], 1)
+                parts = dict(zip(layer.widths, columns, strict=True))
                 for name in LORA_TARGETS[self.family]:
                     parts[name] = stack.add_low_rank(number, name, entered, parts[name], counts)
                 x = layer.complete(x, parts, around)
             if number < stop:
                 x = stack.adapt(number, x, counts)
-        return x
+        return x[: len(start.hidden)]
 
     def classify(self, hidden: torch.Tensor, packed: Packed, stack: Stack) -> torch.Tensor:
         """Return [sequence, class] of what leaves the last layer, [token, hidden]."""

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 
 from pwff_opt.errors import ModelError
 from pwff_opt.federated.attention import Around, Window
-from pwff_opt.federated.products import Frozen
+from pwff_opt.federated.products import Frozen, filled
 from pwff_opt.federated.tokens import Packed
 
 # The projections that carry a LoRA: queries and values (Hu et al., ICLR 2022, section 4.2).
@@ -28,8 +28,8 @@ HEADS = {"bert": "classifier", "llama": "score"}
 class Layer(Protocol):
     """One frozen transformer layer."""
 
-    columns: Mapping[str, slice]
-    """Where queries, keys and values lie among the projected columns, by the family's names."""
+    widths: Mapping[str, int]
+    """How many columns queries, keys and values have, by the family's names, in order."""
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the projections read, [token, hidden], from the layer's input."""
@@ -49,23 +49,20 @@ class Layer(Protocol):
 class _Products:
     """Queries, keys and values by one product."""
 
-    columns: Mapping[str, slice]
+    widths: Mapping[str, int]
 
     def __init__(self, parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype) -> None:
         self._product = fused(parts, dtype)
-        ends, columns = 0, {}
-        for name, part in parts.items():
-            columns[name] = slice(ends, ends + part.out_features)
-            ends += part.out_features
-        self.columns = columns
+        self.widths = {name: part.out_features for name, part in parts.items()}
 
     def project(self, entered: torch.Tensor) -> torch.Tensor:
         return self._product(entered).float()
 
     def change(self, deltas: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         weight = self._product.weight.to(torch.float32, copy=True)
+        parts = dict(zip(self.widths, weight.split([*self.widths.values()]), strict=True))
         for name, delta in deltas.items():
-            weight[self.columns[name]] += delta
+            parts[name] += delta
         # Back in bfloat16, what was added would mostly be rounded away.
         bias = self._product.bias
         return Frozen(weight, None if bias is None else bias.float())
@@ -91,7 +88,7 @@ class BertLayer(_Products):
     def complete(
         self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around
     ) -> torch.Tensor:
-        q, k, v = (parts[name].unflatten(1, (self._heads, -1)) for name in self.columns)
+        q, k, v = (parts[name].unflatten(1, (self._heads, -1)) for name in self.widths)
         context = around.attend(q, k, v, scale=q.shape[-1] ** -0.5)
         x = self._norm(self._out(context).float() + x)
         inner = self._activation(self._up(x))
@@ -118,7 +115,7 @@ class LlamaLayer(_Products):
         self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around
     ) -> torch.Tensor:
         assert around.rotary is not None
-        q, k, v = (parts[name] for name in self.columns)
+        q, k, v = (parts[name] for name in self.widths)
         q, k = q.unflatten(1, (self._heads, -1)), k.unflatten(1, (self._pairs, -1))
         context = around.attend(
             _rotated(q, *around.rotary),
@@ -185,7 +182,7 @@ class Ends:
             return Around(packed, causal=False, window=self.window)
         like = torch.empty(0, device=packed.ids.device)
         cos, sin = self._base.rotary_emb(like, position_ids=packed.positions[None])
-        rotary = cos[0, :, None], sin[0, :, None]
+        rotary = filled(cos[0, :, None]), filled(sin[0, :, None])
         return Around(packed, causal=True, rotary=rotary, window=self.window)
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:

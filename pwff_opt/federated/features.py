@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pwff_opt.errors import TrainingError
-from pwff_opt.federated.backbone import NOTHING, Backbone, Stack, Start
+from pwff_opt.federated.backbone import NOTHING, Backbone, Stack, Start, joined
 from pwff_opt.federated.blocks import Tensors, layer_of
 from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
 from pwff_opt.federated.workers import out_of_memory
@@ -121,8 +121,8 @@ class Features:
         device_of = self._backbone.device
         return Start(
             layer=level.layer,
-            hidden=torch.cat(hidden).to(device_of),
-            projected=torch.cat(projected).to(device_of).float() if projected else None,
+            hidden=joined(hidden).to(device_of),
+            projected=joined(projected).to(device_of).float() if projected else None,
             completed=level.completed,
         )
 
@@ -178,7 +178,7 @@ class Features:
         """Return how many columns of queries, keys and values are kept beside a level's activations."""
         if level.completed or level.layer == self._backbone.layer_count:
             return 0
-        return int(max(part.stop for part in self._backbone.layers[level.layer].columns.values()))
+        return sum(self._backbone.layers[level.layer].widths.values())
 
     def _nearest(self, level: Level, part: Indices, packed: Packed, below: Tensors) -> Start:
         """Return the highest start that is known for a batch without any block having acted."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pwff_opt.federated.attention import Around
 from pwff_opt.federated.backbone import Backbone, Stack, Start
+from pwff_opt.federated.products import filled
 from pwff_opt.federated.tokens import Indices, Packed, Tokens
 from pwff_opt.federated.workers import out_of_memory
 
@@ -164,7 +165,7 @@ class _Writing(Around):
         packed, kept = self.packed, []
         for x in (keys, values):
             room = x.new_zeros(packed.sequences, x.shape[1], self._memory.room, x.shape[2])
-            room[packed.sequence_of, :, packed.positions] = x
+            room[packed.sequence_of, :, packed.positions] = x[: len(packed.ids)]
             kept.append(room)
         self._memory.layers.append((kept[0], kept[1]))
         return super().attend(queries, keys, values, scale=scale)
@@ -187,11 +188,11 @@ class _Reading(Around):
     ) -> torch.Tensor:
         known_keys, known_values = next(self._layers)
         order, place = self.packed.sequence_of, self.packed.positions
+        queries, keys, values = (x[: len(order)] for x in (queries, keys, values))
         known_keys[order, :, place] = keys
         known_values[order, :, place] = values
         # Several heads of queries share one of keys and values, in order.
         grouped = queries.unflatten(1, (keys.shape[1], -1))
         scores = (grouped * scale) @ known_keys.transpose(2, 3)
         scores = scores.masked_fill(self._unseen[:, None, None], -torch.inf)
-        attended: torch.Tensor = (scores.softmax(-1) @ known_values).flatten(1)
-        return attended
+        return filled((scores.softmax(-1) @ known_values).flatten(1))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 
-EVALUATION_TOKENS = 512  # a batch without gradients: fills the arithmetic units and stays in cache
+EVALUATION_TOKENS = 1024  # a batch without gradients: fills the arithmetic units and stays in cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -135,14 +135,20 @@ class Trainer:
         size = self._cohort_size
         cohorts = [taking_part[n : n + size] for n in range(0, len(taking_part), size)]
 
+        batches = {k: self.batches(number, k) for k in taking_part}
+
         def train(devices: Sequence[int]) -> list[Learned]:
-            return self._local_steps(devices, before, decision, exchange, number)
+            cohort = self._cohort(devices, before, decision, exchange)
+            return cohort.train([batches[k] for k in devices], seed=self._seed, round=number)
+
+        def tokens(devices: Sequence[int]) -> float:
+            return float(sum(self._lengths(batch).sum() for k in devices for batch in batches[k]))
 
         def count(devices: Sequence[int]) -> None:
             for _ in devices:
                 done()
 
-        results = self._workers.map(train, cohorts, done=count)
+        results = self._workers.map(train, cohorts, size=tokens, done=count)
         trained = dict(
             zip(taking_part, (item for cohort in results for item in cohort), strict=True)
         )
@@ -198,12 +204,16 @@ class Trainer:
     ) -> list[dict[str, float]]:
         """Return how well every device's model does on its own part of the data."""
 
-        def evaluate(device: int) -> dict[str, float]:
-            examples = getattr(self.shards[device], split)
-            with torch.inference_mode():
-                return self.stage.measures(examples, self.model(state, decision, device))
+        held: list[Indices] = [getattr(shard, split) for shard in self.shards]
 
-        return self._workers.map(evaluate, range(len(self.shards)))
+        def evaluate(device: int) -> dict[str, float]:
+            with torch.inference_mode():
+                return self.stage.measures(held[device], self.model(state, decision, device))
+
+        def tokens(device: int) -> float:
+            return float(self._lengths(held[device]).sum())
+
+        return self._workers.map(evaluate, range(len(self.shards)), size=tokens)
 
     def model(self, state: State, decision: RoundDecision, device: int) -> Passes:
         """Return passes through one device's model as it is after a round of this decision."""
@@ -282,18 +292,17 @@ class Trainer:
     def _moved(self, blocks: Tensors) -> Tensors:
         return {name: tensor.to(self.backbone.device) for name, tensor in blocks.items()}
 
-    def _local_steps(
+    def _cohort(
         self,
         devices: Sequence[int],
         before: Sequence[Tensors],
         decision: RoundDecision,
         exchange: Exchange,
-        number: int,
-    ) -> list[Learned]:
-        """Train a cohort; return what every device has learned."""
+    ) -> Cohort:
+        """Return devices that train together, with their blocks as they are at the start of a round."""
         blocks = [before[k] for k in devices]
         scales = [self._scale(decision.ranks[k]) for k in devices]
-        cohort = Cohort(
+        return Cohort(
             self.backbone,
             self.stage,
             blocks,
@@ -306,9 +315,6 @@ class Trainer:
             learns=exchange.learns,
             pulled=exchange.sends,
             proximal=self.scenario.aggregation.proximal,
-        )
-        return cohort.train(
-            [self.batches(number, k) for k in devices], seed=self._seed, round=number
         )
 
     def _public(
