@@ -10,13 +10,15 @@ drawn does not depend on the machine.
 *Plain peft* (``trainer_rival.py``): one resident float32 model, LoRA by peft, gradients for the
 trained blocks only, AdamW, random mini-batches padded to their longest sequence, evaluation in
 batches of 32 in the order of the data, padded likewise, in inference mode; all cores in every
-product. *Same batches*: that loop with the mini-batches of ours, which are cut by length and so
-hardly padded: no user would have them, but both sides then take the same steps, and losses and
-accuracies must agree. *Flower* (``trainer_flower.py``): the job of *same batches* by its simulation.
+product; a process of its own, which our settings do not reach. *Same batches*: that loop with the
+mini-batches of ours, which are cut by length and so hardly padded: no user would have them, but both
+sides then take the same steps, and losses and accuracies must agree. *Flower* (``trainer_flower.py``):
+the job of *same batches* by its simulation.
 
-All sides run interleaved, schedule by schedule; ratios are of times of the same schedule. Ours
-trains each schedule twice: *first* with whatever it has yet to prepare (end-to-end seconds, with
-set-up and checkpoints), *again* with the base model's outputs in place (speeds).
+All sides run interleaved, schedule by schedule, each schedule with a training seed of its own; ratios
+are of times of the same schedule. Ours trains each schedule twice: *first* with whatever it has yet to
+prepare (end-to-end seconds, with set-up and checkpoints), *again* with the base model's outputs in
+place (speeds).
 
 *Share of the peak*: floating-point operations in products that the work needs, over our time, over what
 the faster of MKL and oneDNN reaches with [1024, 384] x [384, 1536] on all cores in the same dtype,
@@ -50,7 +52,7 @@ import numpy as np
 import torch
 from harness import machine, parser, versions, write
 from torch.utils.flop_counter import FlopCounterMode
-from trainer_rival import IntArray, Job, Outcome, PeftModel, load_base, train
+from trainer_rival import IntArray, Job, Outcome, PeftModel, load_base
 from transformers import AutoTokenizer
 
 from pwff_opt.costs import Workload
@@ -61,6 +63,7 @@ from pwff_opt.federated.data import load_corpus
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.partition import partition
 from pwff_opt.federated.products import Frozen
+from pwff_opt.federated.trainer import Trainer
 from pwff_opt.models import model_config, model_source
 from pwff_opt.pareto import pareto_front
 from pwff_opt.rng import stream
@@ -189,12 +192,18 @@ class Material:
     def lengths(self) -> IntArray:
         return np.diff(self.offsets)
 
+    def with_seed(self, seed: int) -> Material:
+        """Return the same with another training seed."""
+        seeds = replace(self.scenario.seeds, training=seed)
+        return replace(self, scenario=replace(self.scenario, seeds=seeds))
+
     def random_batches(self, rounds: int) -> IntArray:
         """Return mini-batches as anyone draws them; no example twice in a round, like ours."""
+        seed = self.scenario.seeds.training
         training = self.scenario.training
         steps, size = training.local_steps, training.batch_size
         drawn = [
-            stream(7, "benchmark", round=number, device=device)
+            stream(seed, "benchmark", round=number, device=device)
             .permutation(own)[: steps * size]
             .reshape(steps, size)
             for number in range(rounds)
@@ -202,23 +211,19 @@ class Material:
         ]
         return np.array(drawn).reshape(rounds, len(self.train), steps, size)
 
-    def own_batches(self, trainer: Any, rounds: int) -> IntArray | None:
-        """Return the mini-batches of our trainer, None if it does not tell them."""
-        try:
-            found = np.array(
-                [
-                    [trainer.batches(number, device) for device in range(len(self.train))]
-                    for number in range(rounds)
-                ]
-            )
-        except (AttributeError, TypeError):
-            return None
-        training = self.scenario.training
-        shape = (rounds, len(self.train), training.local_steps, training.batch_size)
-        own = found.shape == shape and all(
-            np.isin(found[:, device], train).all() for device, train in enumerate(self.train)
+    def own_batches(self, trainer: Trainer, rounds: int) -> IntArray:
+        """Return the mini-batches of our trainer."""
+        found = np.array(
+            [
+                [trainer.batches(number, device) for device in range(len(self.train))]
+                for number in range(rounds)
+            ]
         )
-        return found if own else None
+        if not all(np.isin(found[:, k], train).all() for k, train in enumerate(self.train)):
+            raise RuntimeError(
+                "our mini-batches must be of the sentences that each device trains on"
+            )
+        return found
 
     def job(self, schedule: Schedule, batches: IntArray) -> Job:
         if len(set(schedule.rounds)) > 1 or len(set(schedule.rounds[0].ranks)) > 1:
@@ -384,17 +389,18 @@ class Ours:
         training = replace(scenario.training, base_dtype=dtype)
         self.folder = folder
         start = time.perf_counter()
-        self.evaluator = FederatedEvaluator(replace(scenario, training=training), folder)
-        self.trainer = self.evaluator.trainer
+        self._evaluator = FederatedEvaluator(replace(scenario, training=training), folder)
         self.setup_s = time.perf_counter() - start
-        self.first_s: list[float] = []
-        self.again_s: list[float] = []
 
-    def train(self, schedule: Schedule) -> Outcome:
+    def trainer(self, seed: int) -> Trainer:
+        return self._evaluator.with_seed(seed).trainer
+
+    def train(self, schedule: Schedule, seed: int) -> Outcome:
+        evaluator = self._evaluator.with_seed(seed)
         shutil.rmtree(self.folder, ignore_errors=True)  # a checkpoint would spare the work
         self.folder.mkdir(parents=True)
         start = time.perf_counter()
-        evaluation = self.evaluator.train(schedule)
+        evaluation = evaluator.train(schedule)
         seconds = time.perf_counter() - start
         if evaluation.status != "done" or len(evaluation.rounds) != len(schedule):
             raise RuntimeError(f"{schedule} must train to its end: {evaluation.reason}")
@@ -429,41 +435,70 @@ class Speed:
     flower_versions: dict[str, str] = field(default_factory=dict)
 
 
+class Peft:
+    """The plain peft loop, in a process of its own for as long as it is needed."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._given, self._answer = scratch / "peft.npz", scratch / "peft.json"
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "trainer_rival.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def train(self, job: Job) -> Outcome:
+        job.save(self._given)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(
+            json.dumps([str(self._given), str(self._answer)]), file=self._process.stdin, flush=True
+        )
+        if self._process.stdout.readline() != "done\n":
+            raise RuntimeError("plain peft failed; see above")
+        return Outcome.load(self._answer)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
 def compared(scenario: Scenario, schedules: list[Schedule], size: Size, scratch: Path) -> Speed:
     found = Speed()
     start = time.perf_counter()
-    material = Material.of(scenario)
-    base = load_base(material.source, material.classes)
+    data = Material.of(scenario)
+    base = load_base(data.source, data.classes)
     found.setup_s["peft"] = time.perf_counter() - start
+    peft = Peft(scratch)
     sides: dict[Dtype, Ours] = {}
     for dtype in DTYPES:
         sides[dtype] = Ours(scenario, dtype, scratch / dtype)
         found.setup_s[dtype] = sides[dtype].setup_s
     rounds = scenario.training.rounds
-    random = material.random_batches(rounds)
-    own = material.own_batches(sides["float32"].trainer, rounds)
     through_flower = 0
     for number, schedule in enumerate(schedules):
         row: dict[str, Any] = {"schedule": str(schedule), "depth": depth_of(schedule)}
-        job = material.job(schedule, random)
+        seed = scenario.seeds.training + number
+        material = data.with_seed(seed)
+        job = material.job(schedule, material.random_batches(rounds))
+        own = material.own_batches(sides["float32"].trainer(seed), rounds)
         model = PeftModel(base, job)
         row["device_steps"] = job.device_steps
-        row["needed_flop"] = needed_flop(
-            material, job if own is None else replace(job, batches=own)
-        )
+        same = replace(job, batches=own)
+        row["needed_flop"] = needed_flop(material, same)
         for dtype, peaks in found.peak.items():
             peaks.append(peak_flop_per_s(dtype, size.peak_calls))
         for dtype, side in sides.items():
-            row[dtype] = {"first_s": side.train(schedule).seconds}
-        row["peft"] = summary(train(model))
+            row[dtype] = {"first_s": side.train(schedule, seed).seconds}
+        row["peft"] = summary(peft.train(job))
         for dtype, side in sides.items():
-            row[dtype] |= summary(side.train(schedule))
+            row[dtype] |= summary(side.train(schedule, seed))
         for dtype, peaks in found.peak.items():
             peaks.append(peak_flop_per_s(dtype, size.peak_calls))
         found.flop_check.append(checked_by_torch(material, model))
-        if own is not None and number % size.same_batches == 1:
-            same = replace(job, batches=own)
-            row["peft, same batches"] = summary(train(PeftModel(base, same)))
+        if number % size.same_batches == 1:
+            row["peft, same batches"] = summary(peft.train(same))
             if (FLOWER / ".ready").is_file() and through_flower < size.flower:
                 through_flower += 1
                 row["flower"], found.flower_versions = flower(same, scratch)
@@ -472,6 +507,7 @@ def compared(scenario: Scenario, schedules: list[Schedule], size: Size, scratch:
             f"{name} {entry['seconds']:.1f} s" for name, entry in row.items() if name in SIDES
         )
         log(f"  {number + 1}/{len(schedules)} {schedule}  {times}")
+    peft.close()
     return found
 
 
@@ -491,13 +527,8 @@ def flower(job: Job, scratch: Path) -> tuple[dict[str, Any], dict[str, str]]:
     wall_s = time.perf_counter() - start
     if done.returncode or not answer.is_file():
         raise RuntimeError(f"Flower failed: {done.stderr.strip()[-2000:]}")
-    result = json.loads(answer.read_text(encoding="utf-8"))
-    outcome = Outcome(
-        seconds=result["seconds"],
-        loss=result["loss"],
-        accuracy={int(number): scores for number, scores in result["accuracy"].items()},
-    )
-    return summary(outcome) | {"with_start_s": wall_s}, result["versions"]
+    told = json.loads(answer.read_text(encoding="utf-8"))["versions"]
+    return summary(Outcome.load(answer)) | {"with_start_s": wall_s}, told
 
 
 def speed_report(found: Speed) -> dict[str, Any]:
@@ -720,9 +751,7 @@ def show(result: dict[str, Any]) -> None:
                 f"{own['with_start_s']:.1f} s; ours {row['float32']['seconds']:.1f} s"
             )
     if not speed["flower_versions"]:
-        print(
-            "  flower left out: no .venv-flower (make .venv-flower/.ready), or no batches of ours"
-        )
+        print("  flower left out: no .venv-flower (make .venv-flower/.ready)")
     print("end to end, set-up and everything prepared included")
     for dtype, entry in speed["aggregate"].items():
         own = entry["end_to_end"]

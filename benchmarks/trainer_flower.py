@@ -17,7 +17,6 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_DEDUP_LOGS"] = "0"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import json
 import sys
 import time
 from collections.abc import Iterable
@@ -31,7 +30,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from trainer_rival import Job, PeftModel, load_base
+from trainer_rival import Job, Outcome, PeftModel, load_base
 
 JOB = "PWFF_FLOWER_JOB"  # the path travels to the clients' processes in the environment
 app = ClientApp()
@@ -150,15 +149,11 @@ def main() -> None:
     )
     if len(strategy.loss) != job.rounds:
         raise RuntimeError(f"{job.rounds} rounds must have been trained, got {len(strategy.loss)}")
-    found = {
-        "seconds": strategy.ended - strategy.begun,
-        "loss": strategy.loss,
-        "accuracy": strategy.accuracy,
-        "versions": {
-            name: version(name) for name in ("flwr", "ray", "torch", "transformers", "peft")
-        },
-    }
-    out.write_text(json.dumps(found), encoding="utf-8")
+    found = Outcome(
+        seconds=strategy.ended - strategy.begun, loss=strategy.loss, accuracy=strategy.accuracy
+    )
+    packages = ("flwr", "ray", "torch", "transformers", "peft")
+    found.save(out, versions={name: version(name) for name in packages})
 
 
 if __name__ == "__main__":

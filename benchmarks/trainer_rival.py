@@ -3,14 +3,20 @@
 One resident transformers model with a LoRA by peft and bottleneck adapters by hooks, in the layers that
 a schedule trains and nowhere else; devices take turns, their trainable tensors are copied in and out.
 Needs torch, transformers and peft, and nothing of ours: the Flower rival uses it too.
+
+``python trainer_rival.py`` trains in a process of its own: for every line of standard input, the paths
+of a job and of the answer as a JSON list, it trains, writes the answer and prints a line.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import json
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +138,7 @@ class MeanPooling(nn.Module):
         return nn.functional.layer_norm(mean, mean.shape[-1:])
 
 
+@functools.cache
 def load_base(source: str, classes: int) -> Any:
     transformers_logging.set_verbosity_error()  # the head is new, as it should be
     transformers_logging.disable_progress_bar()
@@ -244,6 +251,15 @@ class Outcome:
     accuracy: dict[int, list[float]]
     """Validated round, counted from 1 -> [device]."""
 
+    def save(self, path: Path, **more: Any) -> None:
+        path.write_text(json.dumps(asdict(self) | more), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Outcome:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        accuracy = {int(number): scores for number, scores in found["accuracy"].items()}
+        return cls(seconds=found["seconds"], loss=found["loss"], accuracy=accuracy)
+
 
 def rounds(model: PeftModel) -> Iterator[tuple[list[float], list[float]]]:
     """Train; yield the loss of every device, and its accuracy in rounds that are validated."""
@@ -277,3 +293,15 @@ def train(model: PeftModel) -> Outcome:
         loss=[losses for losses, _ in found],
         accuracy={n + 1: scores for n, (_, scores) in enumerate(found) if scores},
     )
+
+
+def main() -> None:
+    for line in sys.stdin:
+        given, answer = map(Path, json.loads(line))
+        job = Job.load(given)
+        train(PeftModel(load_base(job.source, job.classes), job)).save(answer)
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

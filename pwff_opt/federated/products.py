@@ -29,7 +29,8 @@ class Frozen:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
+        # Column by column, as oneDNN multiplies: by rows, float32 takes 5 % longer (measured as above).
+        self.weight, self.bias = weight.t().contiguous().t(), bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T + b, [row, outputs], in the type of the weights."""

@@ -40,7 +40,9 @@ def test_what_is_added_to_a_frozen_weight_is_not_rounded_away(
     for name in ("query", "value"):
         delta = 2e-5 * torch.randn(32, 32, generator=generator)
         change = layer.change({name: delta})(x) - plain
-        gained = dict(zip(layer.widths, change.split([*layer.widths.values()], 1), strict=True))[name]
+        gained = dict(zip(layer.widths, change.split([*layer.widths.values()], 1), strict=True))[
+            name
+        ]
         assert (gained - x @ delta.T).norm() < 0.01 * (x @ delta.T).norm()
         assert layer.project(x).dtype == plain.dtype == torch.float32
 
