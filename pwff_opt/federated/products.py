@@ -29,15 +29,22 @@ class Frozen:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        # Column by column, as oneDNN multiplies: by rows, float32 takes 5 % longer (measured as above).
-        self.weight, self.bias = weight.t().contiguous().t(), bias
+        # In bfloat16 torch calls oneDNN itself.
+        self._onednn = _ONEDNN and weight.dtype == torch.float32 and weight.device.type == "cpu"
+        # Column by column, as oneDNN multiplies: by rows it takes 5 % longer.
+        self.weight = weight.t().contiguous().t() if self._onednn else weight
+        self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T + b, [row, outputs], in the type of the weights."""
-        if x.requires_grad and torch.is_grad_enabled():
-            result: torch.Tensor = _Product.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
-            return result
-        return _product(x, self.weight, self.bias)
+        whole = filled(x.to(self.weight.dtype))
+        if not self._onednn:
+            result = functional.linear(whole, self.weight, self.bias)
+        elif whole.requires_grad and torch.is_grad_enabled():
+            result = _Product.apply(whole, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        else:
+            result = _product(whole, self.weight, self.bias)
+        return result if len(result) == len(x) else result[: len(x)]
 
 
 class _Product(torch.autograd.Function):
@@ -45,22 +52,20 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.weight, ctx.dtype = weight, x.dtype
+        ctx.weight = weight
         return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _product(grads[0], ctx.weight.t(), None).to(ctx.dtype), None, None
+        return _product(grads[0], ctx.weight.t(), None), None, None
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return x W^T + b; ``weight`` may be a transposed view."""
-    if not _ONEDNN or x.device.type != "cpu":
-        return functional.linear(x.to(weight.dtype), weight, bias)
+    """Return x W^T + b by oneDNN; ``weight`` may be a transposed view."""
     result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-        filled(x.to(weight.dtype)).contiguous(), weight, bias, "none", [], ""
+        x.contiguous(), weight, bias, "none", [], ""
     )
-    return result[: len(x)]
+    return result
 
 
 def filled(x: torch.Tensor) -> torch.Tensor:
