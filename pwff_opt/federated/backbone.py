@@ -68,16 +68,18 @@ class Stack:
         """Return ``base + scale B A entered`` [token, outputs], each device by its own factors."""
         kinds = [kind for kind in ("lora", "common") if f"{kind}.{layer}.{name}.A" in self._names]
         for kind in kinds:
-            changes = []
-            for device, part in enumerate(self._parts(entered, counts)):
+            sums = []
+            parts = zip(self._parts(entered, counts), self._parts(base, counts), strict=True)
+            for device, (part, own_base) in enumerate(parts):
                 a = self._blocks[device].get(f"{kind}.{layer}.{name}.A")
                 if a is None:
-                    changes.append(part.new_zeros(len(part), base.shape[1]))
+                    sums.append(own_base)
                     continue
                 b = self._blocks[device][f"{kind}.{layer}.{name}.B"]
                 scale = self._scales[device] if kind == "lora" else self._common_scale
-                changes.append(functional.linear(functional.linear(part, a) * scale, b))
-            base = base + joined(changes)
+                inner = functional.linear(part, a)
+                sums.append(torch.addmm(own_base, inner, b.t(), alpha=scale))
+            base = _joined(sums)
         return base
 
     def adapt(self, layer: int, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
@@ -97,7 +99,7 @@ class Stack:
                     functional.gelu(inner), own[f"{prefix}up.weight"], own[f"{prefix}up.bias"]
                 )
             )
-        return x + joined(changes)
+        return x + _joined(changes)
 
     def deltas(self, layer: int) -> Tensors:
         """Return what aggregation has added to a layer's frozen weights: the same for all devices."""
@@ -110,7 +112,7 @@ class Stack:
 
     def classify(self, pooled: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Return [sequence, class] by each device's own head."""
-        return joined(
+        return _joined(
             [
                 functional.linear(part, own["head.weight"], own.get("head.bias"))
                 for part, own in zip(self._parts(pooled, counts), self._blocks, strict=True)
@@ -122,8 +124,7 @@ class Stack:
         return [x] if len(self._blocks) == 1 else x.split(list(counts))
 
 
-def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return tensors one below the other; a single one as it is."""
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from pwff_opt.errors import TrainingError
+from pwff_opt.federated.adamw import AdamW
 from pwff_opt.federated.backbone import Backbone, Stack
 from pwff_opt.federated.blocks import Tensors, layer_of
 from pwff_opt.federated.passes import Passes
@@ -113,19 +114,14 @@ class Cohort:
                 ]
             ).to(device)
         self._passes = passes(Stack(self._blocks, scales, common_scale=common_scale))
-        groups = []
-        rates = (training.learning_rate, training.head_learning_rate)
-        split = [len(self._flat) - heads, heads]
-        for rate, value, grad in zip(
-            rates, self._flat.split(split), self._grad.split(split), strict=True
-        ):
-            parameter = value.detach().requires_grad_(True)
-            parameter.grad = grad
-            groups.append({"params": [parameter], "lr": rate})
         # It starts afresh every round: its moments would be those of other parameters after an
         # aggregation, and a device need not store them between rounds.
-        self._optimiser = torch.optim.AdamW(
-            groups, weight_decay=training.weight_decay, fused=len(self._flat) > 0
+        split = [len(self._flat) - heads, heads]
+        self._optimiser = AdamW(
+            [*self._flat.split(split)],
+            [*self._grad.split(split)],
+            [training.learning_rate, training.head_learning_rate],
+            weight_decay=training.weight_decay,
         )
 
     def train(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pwff_opt.errors import TrainingError
-from pwff_opt.federated.backbone import NOTHING, Backbone, Stack, Start, joined
+from pwff_opt.federated.backbone import NOTHING, Backbone, Stack, Start
 from pwff_opt.federated.blocks import Tensors, layer_of
 from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
 from pwff_opt.federated.workers import out_of_memory
@@ -121,8 +121,9 @@ class Features:
         device_of = self._backbone.device
         return Start(
             layer=level.layer,
-            hidden=joined(hidden).to(device_of),
-            projected=joined(projected).to(device_of).float() if projected else None,
+            # Copies also of a single one: what inference mode made serves no backward pass.
+            hidden=torch.cat(hidden).to(device_of),
+            projected=torch.cat(projected).to(device_of).float() if projected else None,
             completed=level.completed,
         )
 

@@ -79,16 +79,15 @@ class CachedPasses(Passes):
     ) -> None:
         super().__init__(backbone, devices, stack)
         self._features, self._level = features, level
-        self._blocks, self._scales, self._common_scale = blocks, scales, common_scale
-        self._bare = not any(is_below(name, level) for own in blocks for name in own)
-        """Whether the devices' models are the frozen one, below ``level``."""
+        self._scales, self._common_scale = scales, common_scale
+        self._below = [{n: t for n, t in own.items() if is_below(n, level)} for own in blocks]
         self._latest: Tokens | None = None
         self._starts: dict[bytes, Start] = {}
         """Of ``_latest``, by sequences."""
 
     def base(self, tokens: Tokens, sequences: Indices) -> tuple[Packed, torch.Tensor]:
         if tokens is not self._features.tokens:
-            if not self._bare:
+            if any(self._below):  # else the devices' models are the frozen one, there
                 return super().base(tokens, sequences)
             packed = Packed.of(tokens, [sequences], device=self.backbone.device)
             with torch.inference_mode():
@@ -106,7 +105,7 @@ class CachedPasses(Passes):
         if tokens is not self._features.tokens:
             return self._remembered(tokens, np.concatenate(batches), packed)
         return self._features.start(
-            self._level, self.devices, batches, self._blocks, self._scales, self._common_scale
+            self._level, self.devices, batches, self._below, self._scales, self._common_scale
         )
 
     def _remembered(self, tokens: Tokens, sequences: Indices, packed: Packed) -> Start:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,10 @@ class Tokens:
     ids: Indices
     offsets: Indices
     pad_id: int
+    lengths: Indices = field(init=False)
 
-    @property
-    def lengths(self) -> Indices:
-        return np.diff(self.offsets)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", np.diff(self.offsets))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
