@@ -69,16 +69,15 @@ class Stack:
         kinds = [kind for kind in ("lora", "common") if f"{kind}.{layer}.{name}.A" in self._names]
         for kind in kinds:
             sums = []
+            scales = self._scales if kind == "lora" else [self._common_scale] * len(self._scales)
             parts = zip(self._parts(entered, counts), self._parts(base, counts), strict=True)
-            for device, (part, own_base) in enumerate(parts):
-                a = self._blocks[device].get(f"{kind}.{layer}.{name}.A")
+            for (part, to), own, scale in zip(parts, self._blocks, scales, strict=True):
+                a = own.get(f"{kind}.{layer}.{name}.A")
                 if a is None:
-                    sums.append(own_base)
+                    sums.append(to)
                     continue
-                b = self._blocks[device][f"{kind}.{layer}.{name}.B"]
-                scale = self._scales[device] if kind == "lora" else self._common_scale
-                inner = functional.linear(part, a)
-                sums.append(torch.addmm(own_base, inner, b.t(), alpha=scale))
+                b = own[f"{kind}.{layer}.{name}.B"]
+                sums.append(torch.addmm(to, functional.linear(part, a), b.t(), alpha=scale))
             base = _joined(sums)
         return base
 
@@ -87,19 +86,16 @@ class Stack:
         prefix = f"adapter.{layer}."
         if f"{prefix}up.bias" not in self._names:
             return x
-        changes = []
-        for device, part in enumerate(self._parts(x, counts)):
-            own = self._blocks[device]
+        sums = []
+        for part, own in zip(self._parts(x, counts), self._blocks, strict=True):
             if f"{prefix}up.bias" not in own:
-                changes.append(torch.zeros_like(part))
+                sums.append(part)
                 continue
             inner = functional.linear(part, own[f"{prefix}down.weight"], own[f"{prefix}down.bias"])
-            changes.append(
-                functional.linear(
-                    functional.gelu(inner), own[f"{prefix}up.weight"], own[f"{prefix}up.bias"]
-                )
-            )
-        return x + _joined(changes)
+            inner = functional.gelu(inner)
+            up = functional.linear(inner, own[f"{prefix}up.weight"], own[f"{prefix}up.bias"])
+            sums.append(part + up)
+        return _joined(sums)
 
     def deltas(self, layer: int) -> Tensors:
         """Return what aggregation has added to a layer's frozen weights: the same for all devices."""
