@@ -92,7 +92,9 @@ class Cohort:
             torch.tensor([k for k, _ in places], dtype=torch.int64),
             torch.tensor(sizes, dtype=torch.int64),
         ).to(device)
-        self._flat = torch.empty(sum(sizes), device=device)  # of none, if all layers are frozen
+        # Without a head to train, all layers may be frozen.
+        flat = [tensor.flatten() for tensor in tensors] or [torch.zeros(0)]
+        self._flat = torch.cat(flat).to(device)
         self._grad = torch.zeros_like(self._flat)
         """Where a backward pass leaves the gradient of one objective, and a step finds that of all."""
         self._blocks = [
@@ -101,8 +103,8 @@ class Cohort:
         self._learned: list[Tensors] = [{} for _ in blocks]
         views = zip(places, tensors, self._flat.split(sizes), self._grad.split(sizes), strict=True)
         for (k, name), tensor, value, grad in views:
-            leaf = _laid(value, tensor.shape).copy_(tensor).detach().requires_grad_(True)
-            leaf.grad = _laid(grad, tensor.shape)
+            leaf = value.view(tensor.shape).detach().requires_grad_(True)
+            leaf.grad = grad.view(tensor.shape)
             self._blocks[k][name] = self._learned[k][name] = leaf
         self._pull = None
         if proximal > 0 and tensors:
@@ -149,10 +151,7 @@ class Cohort:
         return [
             Learned(
                 loss=mean[k],
-                blocks={
-                    name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                    for name, tensor in own.items()
-                },
+                blocks={name: tensor.detach().clone().cpu() for name, tensor in own.items()},
                 notes={name: values[k] for name, values in noted.items()},
             )
             for k, own in enumerate(self._learned)
@@ -209,14 +208,3 @@ class Cohort:
                     gradients[loss.objective] += self._grad
                     self._grad.zero_()
         return total, gradients
-
-
-def _laid(flat: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return a view of consecutive numbers in a block's shape.
-
-    Matrices that are tall lie on their side: gradients of and through a B of few columns take MKL a third
-    of the time then.
-    """
-    if len(shape) == 2 and shape[0] > shape[1]:
-        return flat.view(shape[1], shape[0]).t()
-    return flat.view(shape)

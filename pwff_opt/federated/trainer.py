@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -35,6 +36,9 @@ from pwff_opt.rng import stream
 from pwff_opt.scenario import AVERAGING, Scenario
 
 Split = Literal["train", "validation", "test"]
+
+_Batches = Mapping[int, Sequence[Indices]]
+"""The mini-batches of some devices in a round, in order."""
 
 # Tokens of a step that devices are put together for: enough that the products are efficient and what
 # Python does between them is little, and few, so that there are cohorts for all cores.
@@ -133,19 +137,19 @@ class Trainer:
         ]
         taking_part = [k for k, here in enumerate(participants(self.scenario, number)) if here]
         size = self._cohort_size
-        cohorts = [taking_part[n : n + size] for n in range(0, len(taking_part), size)]
+        cohorts = [
+            {k: self.batches(number, k) for k in taking_part[n : n + size]}
+            for n in range(0, len(taking_part), size)
+        ]
 
-        batches = {k: self.batches(number, k) for k in taking_part}
+        def train(cohort: _Batches) -> list[Learned]:
+            return self._local_steps(cohort, before, decision, exchange, number)
 
-        def train(devices: Sequence[int]) -> list[Learned]:
-            cohort = self._cohort(devices, before, decision, exchange)
-            return cohort.train([batches[k] for k in devices], seed=self._seed, round=number)
+        def tokens(cohort: _Batches) -> float:
+            return float(self._lengths(np.concatenate([*chain(*cohort.values())])).sum())
 
-        def tokens(devices: Sequence[int]) -> float:
-            return float(sum(self._lengths(batch).sum() for k in devices for batch in batches[k]))
-
-        def count(devices: Sequence[int]) -> None:
-            for _ in devices:
+        def count(cohort: _Batches) -> None:
+            for _ in cohort:
                 done()
 
         results = self._workers.map(train, cohorts, size=tokens, done=count)
@@ -292,17 +296,19 @@ class Trainer:
     def _moved(self, blocks: Tensors) -> Tensors:
         return {name: tensor.to(self.backbone.device) for name, tensor in blocks.items()}
 
-    def _cohort(
+    def _local_steps(
         self,
-        devices: Sequence[int],
+        batches: _Batches,
         before: Sequence[Tensors],
         decision: RoundDecision,
         exchange: Exchange,
-    ) -> Cohort:
-        """Return devices that train together, with their blocks as they are at the start of a round."""
+        number: int,
+    ) -> list[Learned]:
+        """Train a cohort; return what every device has learned."""
+        devices = [*batches]
         blocks = [before[k] for k in devices]
         scales = [self._scale(decision.ranks[k]) for k in devices]
-        return Cohort(
+        cohort = Cohort(
             self.backbone,
             self.stage,
             blocks,
@@ -316,6 +322,7 @@ class Trainer:
             pulled=exchange.sends,
             proximal=self.scenario.aggregation.proximal,
         )
+        return cohort.train([*batches.values()], seed=self._seed, round=number)
 
     def _public(
         self, sent: Tensors, decision: RoundDecision, present: Sequence[bool], number: int

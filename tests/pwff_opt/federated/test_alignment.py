@@ -363,7 +363,9 @@ def test_drift_is_what_aggregation_takes_back(scenario: Scenario, made: Made) ->
         trainer._prepared(own, 2, (False, True, True), 0, k) for k, own in enumerate(state.devices)
     ]
     exchange = Exchange(trainer.scenario, 0, decision)
-    learned = trainer._local_steps([0, 1, 2], before, decision, exchange, 0)
+    learned = trainer._local_steps(
+        {k: trainer.batches(0, k) for k in range(3)}, before, decision, exchange, 0
+    )
     new, report = trainer.round(state, 0, decision, (False, True, True))
     sent = [name for name in before[0] if name.startswith("adapter.2.")]
     assert len(sent) == 4

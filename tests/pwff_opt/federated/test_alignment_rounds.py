@@ -291,7 +291,9 @@ def test_local_steps_take_the_flops_of_the_cost_model(
     found = []
     for _ in range(2):
         with FlopCounterMode(display=False) as counter:
-            trainer._local_steps([1], before, decision, Exchange(scenario, 0, decision), 0)
+            trainer._local_steps(
+                {1: trainer.batches(0, 1)}, before, decision, Exchange(scenario, 0, decision), 0
+            )
         found.append(counter.get_total_flops() / planned)
     assert found == pytest.approx([1.0, again], rel=0.015)
 

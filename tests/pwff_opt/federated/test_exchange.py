@@ -561,7 +561,9 @@ def test_the_a_of_ffa_is_one_draw_whatever_happens(small: Scenario, tmp_path: Pa
         trainer._prepared(own, 2, (True,) * 3, number, k) for k, own in enumerate(state.devices)
     ]
     exchange = Exchange(trainer.scenario, number, decision)
-    learned = trainer._local_steps([0, 1, 2], before, decision, exchange, number)
+    learned = trainer._local_steps(
+        {k: trainer.batches(number, k) for k in range(3)}, before, decision, exchange, number
+    )
     after = [own | new.blocks for own, new in zip(before, learned, strict=True)]
     a, b = "lora.1.query.A", "lora.1.query.B"
     expected = ideal([Factors(a=own[a], b=own[b], scale=2.0) for own in after], [1.0] * 3)
@@ -589,7 +591,9 @@ def test_half_precision_costs_no_more_than_it_must(small: Scenario, tmp_path: Pa
     (decision,) = Schedule.parse("1x4:aaa", devices=3).rounds
     before = [trainer._prepared(own, 4, (True,) * 3, 1, k) for k, own in enumerate(state.devices)]
     exchange = Exchange(scenario, 1, decision)
-    learned = trainer._local_steps([0, 1, 2], before, decision, exchange, 1)
+    learned = trainer._local_steps(
+        {k: trainer.batches(1, k) for k in range(3)}, before, decision, exchange, 1
+    )
     a, b = "lora.1.query.A", "lora.1.query.B"
     sent = [Factors(a=new.blocks[a].half(), b=new.blocks[b].half(), scale=2.0) for new in learned]
     old = state.devices[0]["delta.1.query"].double()
