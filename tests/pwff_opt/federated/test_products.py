@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from pwff_opt.federated import products
 from pwff_opt.federated.attention import Around
-from pwff_opt.federated.products import Frozen
+from pwff_opt.federated.products import Frozen, filled
 from pwff_opt.federated.tokens import Packed, Tokens
 
 
@@ -90,6 +90,36 @@ def test_attention_and_gradients(causal: bool, shared: int, lengths: tuple[int, 
     expected.backward(towards)
     for mine, its in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, its.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_fill_up_are_not_attended_to_and_stay_zero() -> None:
+    lengths, count = (7, 1, 3), 11
+    inputs = [torch.randn(16, 2, 4, requires_grad=True) for _ in range(3)]
+    with torch.no_grad():
+        for x in inputs:
+            x[count:] = torch.nan  # whoever reads them
+    got = Around(packing(*lengths), causal=False).attend(*inputs, scale=0.5)
+    assert torch.equal(got[count:], torch.zeros(5, 8))
+    towards = torch.randn(16, 8)
+    got.backward(towards)
+    twins = [x.detach()[:count].clone().requires_grad_(True) for x in inputs]
+    expected = plain(*twins, lengths, causal=False)
+    expected.backward(towards[:count])
+    torch.testing.assert_close(got[:count], expected, rtol=1e-5, atol=1e-6)
+    for mine, its in zip(inputs, twins, strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad[:count], its.grad, rtol=1e-5, atol=1e-6)
+        assert torch.equal(mine.grad[count:], torch.zeros(5, 2, 4))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 21])
+def test_filled_up_with_zeros(rows: int) -> None:
+    x = torch.randn(rows, 3, 2)
+    whole = filled(x)
+    assert len(whole) % products.ROWS == 0
+    assert len(whole) - rows < products.ROWS
+    assert torch.equal(whole[:rows], x)
+    assert not whole[rows:].any()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,18 @@ def test_results_and_calls_are_in_order() -> None:
     assert told == [0, 1, 2]
 
 
+def test_the_largest_are_begun_first() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        return 10 * item
+
+    sizes = [3.0, 1.0, 7.0, 3.0]
+    assert Workers(1).map(work, range(4), size=sizes.__getitem__) == [0, 10, 20, 30]
+    assert begun == [2, 0, 3, 1]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_long_item_ends_at_its_next_step_when_another_fails(error: type[BaseException]) -> None:
     steps, begun = [], threading.Event()
