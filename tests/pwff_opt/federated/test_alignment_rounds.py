@@ -275,8 +275,9 @@ def test_local_steps_take_the_flops_of_the_cost_model(
 ) -> None:
     """Counted by torch, which sees no product of oneDNN; all data are drawn, so means are exact.
 
-    Rows that fill up are our machine's affair, and left out. Attention is padded here, which the plan's is not. A second time the reference's passes over pairs,
-    a third of a forward pass with two for backward, are known.
+    Rows that fill up are our machine's affair, and left out. Attention is padded here, which the plan's
+    is not. A second time the reference's passes over pairs, a third of a forward pass with two for
+    backward, are known.
     """
     monkeypatch.setattr(products, "_ONEDNN", False)
     monkeypatch.setattr(products, "ROWS", 1)
