@@ -16,8 +16,9 @@ sides then take the same steps, and losses and accuracies must agree. *Flower* (
 the job of *same batches* by its simulation.
 
 All sides run interleaved, schedule by schedule, each schedule with a training seed of its own; ratios
-are of times of the same schedule, medians of three, ours and plain peft in turn. Before them ours trains
-the schedule once, with whatever it has yet to prepare (end-to-end seconds, with set-up and checkpoints).
+are of times of the same schedule, ours and plain peft in turn, medians of three; *same batches* and Flower
+run once. Before them ours trains the schedule once, with whatever it has yet to prepare (end-to-end seconds,
+with set-up and checkpoints).
 
 *Share of the peak*: floating-point operations in products that the work needs, over our time, over what
 the faster of MKL and oneDNN reaches with [1024, 384] x [384, 1536] on all cores in the same dtype,
@@ -367,9 +368,10 @@ def peak_flop_per_s(dtype: Dtype, calls: int) -> float:
     """Return what the faster of MKL (torch's choice for float32) and oneDNN reaches."""
     x = torch.randn(1024, 384).to(DTYPES[dtype])
     w = torch.randn(1536, 384).to(DTYPES[dtype])
+    frozen = Frozen(w, None)
     best = []
     with torch.inference_mode():
-        for product in (lambda: torch.nn.functional.linear(x, w), lambda: Frozen(w, None)(x)):
+        for product in (lambda: torch.nn.functional.linear(x, w), lambda: frozen(x)):
             times = []
             for _ in range(calls):
                 start = time.perf_counter()
@@ -418,6 +420,8 @@ class Ours:
 def summary(*outcomes: Outcome) -> dict[str, Any]:
     """Return the median time, and accuracy and loss of the last round, means over devices."""
     outcome = outcomes[0]
+    if any((each.loss, each.accuracy) != (outcome.loss, outcome.accuracy) for each in outcomes):
+        raise RuntimeError("the same training must give the same result")
     return {
         "seconds": float(np.median([each.seconds for each in outcomes])),
         "accuracy": float(np.mean(outcome.accuracy[len(outcome.loss)])),
@@ -434,6 +438,10 @@ class Speed:
     peak: dict[Dtype, list[float]] = field(default_factory=lambda: {"float32": [], "bfloat16": []})
     flop_check: list[float] = field(default_factory=list)
     flower_versions: dict[str, str] = field(default_factory=dict)
+
+    def time_peak(self, calls: int) -> None:
+        for dtype, reached in self.peak.items():
+            reached.append(peak_flop_per_s(dtype, calls))
 
 
 class Peft:
@@ -459,19 +467,23 @@ class Peft:
             raise RuntimeError("plain peft failed; see above")
         return Outcome.load(self._answer)
 
-    def close(self) -> None:
+    def __enter__(self) -> Peft:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._process.stdin.close()  # it ends when no more jobs can come
         self._process.wait()
 
 
-def compared(scenario: Scenario, schedules: list[Schedule], size: Size, scratch: Path) -> Speed:
+def compared(
+    scenario: Scenario, schedules: list[Schedule], size: Size, scratch: Path, peft: Peft
+) -> Speed:
     found = Speed()
     start = time.perf_counter()
     data = Material.of(scenario)
     base = load_base(data.source, data.classes)
     found.setup_s["peft"] = time.perf_counter() - start
-    peft = Peft(scratch)
     sides: dict[Dtype, Ours] = {}
     for dtype in DTYPES:
         sides[dtype] = Ours(scenario, dtype, scratch / dtype)
@@ -488,8 +500,7 @@ def compared(scenario: Scenario, schedules: list[Schedule], size: Size, scratch:
         row["device_steps"] = job.device_steps
         same = replace(job, batches=own)
         row["needed_flop"] = needed_flop(material, same)
-        for dtype, peaks in found.peak.items():
-            peaks.append(peak_flop_per_s(dtype, size.peak_calls))
+        found.time_peak(size.peak_calls)
         for dtype, side in sides.items():
             row[dtype] = {"first_s": side.train(schedule, seed).seconds}
         outcomes: dict[str, list[Outcome]] = {}
@@ -497,10 +508,9 @@ def compared(scenario: Scenario, schedules: list[Schedule], size: Size, scratch:
             outcomes.setdefault("peft", []).append(peft.train(job))
             for dtype, side in sides.items():
                 outcomes.setdefault(dtype, []).append(side.train(schedule, seed))
+            found.time_peak(size.peak_calls)
         for name, repeated in outcomes.items():
             row[name] = row.get(name, {}) | summary(*repeated)
-        for dtype, peaks in found.peak.items():
-            peaks.append(peak_flop_per_s(dtype, size.peak_calls))
         found.flop_check.append(checked_by_torch(material, model))
         if number % size.same_batches == 1:
             row["peft, same batches"] = summary(peft.train(same))
@@ -512,7 +522,6 @@ def compared(scenario: Scenario, schedules: list[Schedule], size: Size, scratch:
             f"{name} {entry['seconds']:.1f} s" for name, entry in row.items() if name in SIDES
         )
         log(f"  {number + 1}/{len(schedules)} {schedule}  {times}")
-    peft.close()
     return found
 
 
@@ -536,8 +545,8 @@ def flower(job: Job, scratch: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return summary(Outcome.load(answer)) | {"with_start_s": wall_s}, told
 
 
-def speed_report(found: Speed) -> dict[str, Any]:
-    """Return per schedule ratios and shares, and the aggregates."""
+def speed_report(found: Speed, *, quiet: bool) -> dict[str, Any]:
+    """Return per schedule ratios and shares, and the aggregates; ``quiet``: the machine was, before."""
     peak = {dtype: float(np.median(values)) for dtype, values in found.peak.items()}
     report: dict[str, Any] = {
         "setup_s": found.setup_s,
@@ -548,7 +557,8 @@ def speed_report(found: Speed) -> dict[str, Any]:
         "aggregate": {},
         "share_by_depth": {},
     }
-    singles = np.array(found.peak["float32"]).reshape(-1, 2)  # before and after each schedule
+    # Before each schedule and after each repeat of it.
+    singles = np.array(found.peak["float32"]).reshape(len(found.rows), -1)
     disturbed = singles.min(axis=1) < UNDISTURBED * singles.max()
     report["disturbed"] = int(disturbed.sum())
     for row, other_work in zip(found.rows, disturbed, strict=True):
@@ -579,7 +589,8 @@ def speed_report(found: Speed) -> dict[str, Any]:
             }
         ratio = entry["peft"]
         ratio["target"] = TARGET_RATIO[dtype]
-        ratio["met"] = None if disturbed.any() else ratio["total"] >= TARGET_RATIO[dtype]
+        judged = quiet and not disturbed.any()
+        ratio["met"] = ratio["total"] >= TARGET_RATIO[dtype] if judged else None
         ours = found.setup_s[dtype] + sum(row[dtype]["first_s"] for row in found.rows)
         theirs = found.setup_s["peft"] + sum(row["peft"]["seconds"] for row in found.rows)
         entry["end_to_end"] = {"ours_s": ours, "peft_s": theirs, "ratio": theirs / ours}
@@ -804,7 +815,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         every = drawn(scenario)
         sample = every[size.first :: size.every]
-        found = compared(scenario, sample, size, Path(scratch))
+        with Peft(Path(scratch)) as peft:
+            found = compared(scenario, sample, size, Path(scratch), peft)
     result = {
         "machine": machine(torch_threads=torch.get_num_threads()),
         "versions": versions(PACKAGES),
@@ -814,7 +826,7 @@ def main() -> None:
             "all_drawn": float(np.mean([depth_of(schedule) for schedule in every])),
             "sample": float(np.mean([depth_of(schedule) for schedule in sample])),
         },
-        "speed": speed_report(found),
+        "speed": speed_report(found, quiet=load <= QUIET_LOAD),
         "memory": memory(size),
     }
     show(result)

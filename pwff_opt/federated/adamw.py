@@ -44,6 +44,7 @@ class AdamW:
         with torch.no_grad():
             self._steps += 1
             for vector, gradient, first, second, rate in self._groups:
+                # Not torch's public interface, but what its optimiser calls; a test compares both.
                 torch._fused_adamw_(
                     [vector],
                     [gradient],

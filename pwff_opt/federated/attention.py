@@ -29,7 +29,11 @@ class Window:
 
 
 class Around:
-    """What all layers see of a batch: how it is packed, who may attend to whom, rotations."""
+    """What all layers see of a batch: how it is packed, who may attend to whom, rotations.
+
+    Rows fill up below the tokens (:func:`pwff_opt.federated.products.filled`): ``rotary`` has them too,
+    ``attend`` is given them and returns them.
+    """
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ class Stack:
         base: torch.Tensor,
         counts: Sequence[int],
     ) -> torch.Tensor:
-        """Return ``base + scale B A entered`` [token, outputs], each device by its own factors."""
+        """Return ``base + scale B A entered`` [row, outputs], each device by its own factors."""
         kinds = [kind for kind in ("lora", "common") if f"{kind}.{layer}.{name}.A" in self._names]
         for kind in kinds:
             sums = []
@@ -240,7 +240,7 @@ class Backbone:
                 x = layer.complete(x, parts, around)
             if number < stop:
                 x = stack.adapt(number, x, counts)
-        return x[: len(start.hidden)]
+        return x if len(x) == len(start.hidden) else x[: len(start.hidden)]
 
     def classify(self, hidden: torch.Tensor, packed: Packed, stack: Stack) -> torch.Tensor:
         """Return [sequence, class] of what leaves the last layer, [token, hidden]."""

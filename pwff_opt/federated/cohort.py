@@ -43,8 +43,8 @@ class Cohort:
 
     What they learn lies in one flat vector, of which every block is a view, so that gradients are
     cleared and AdamW steps are taken once for all.  Rows of a product, sequences in attention and
-    elements of a step do not mix, so each device learns what it would learn alone, and one that
-    diverges spoils no other.
+    elements of a step do not mix, so each device learns what it would learn alone, up to rounding, and one
+    that diverges spoils no other.
 
     Parameters
     ----------

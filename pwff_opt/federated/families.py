@@ -1,7 +1,9 @@
 """Transformer layers of the supported families, as arithmetic on packed tokens.
 
+A row is a token's; rows of zeros below fill up (see :mod:`pwff_opt.federated.products`).
+
 A layer falls into two parts, so that what never changes can be kept: ``project`` computes queries,
-keys and values [token, query + key + value] from the layer's input, ``complete`` all the rest.  LoRA
+keys and values [row, query + key + value] from the layer's input, ``complete`` all the rest.  LoRA
 comes in between.  Weights are frozen, in float32 or bfloat16; products run in that type, everything
 else in float32, projections with something added to their weights too.
 """
@@ -32,10 +34,10 @@ class Layer(Protocol):
     """How many columns queries, keys and values have, by the family's names, in order."""
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the projections read, [token, hidden], from the layer's input."""
+        """Return what the projections read, [row, hidden], from the layer's input."""
 
     def project(self, entered: torch.Tensor) -> torch.Tensor:
-        """Return queries, keys and values side by side, [token, query + key + value]."""
+        """Return queries, keys and values side by side, [row, query + key + value]."""
 
     def change(self, deltas: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return ``project`` with something added to the weights of some projections, in float32."""
@@ -43,7 +45,7 @@ class Layer(Protocol):
     def complete(
         self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around
     ) -> torch.Tensor:
-        """Return the output, [token, hidden], from the input and the projections by name."""
+        """Return the output, [row, hidden], from the input and the projections by name."""
 
 
 class _Products:

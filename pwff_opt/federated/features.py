@@ -103,15 +103,18 @@ class Features:
         scales: Sequence[float],
         common_scale: float,
     ) -> Start:
-        """Return the start at ``level`` of one batch for each device, whose blocks are ``blocks``."""
+        """Return the start at ``level`` of one batch for each device.
+
+        ``blocks``: those that each device has below (:func:`below`).
+        """
         hidden, projected = [], []
         for device, batch, own, scale in zip(devices, batches, blocks, scales, strict=True):
-            below = {name: t for name, t in own.items() if is_below(name, level)}
-            stack = Stack([below], [scale], common_scale=common_scale) if below else NOTHING
-            if below and (self._owner[batch] != device).any():
-                x, p = self._computed(level, batch, stack, below)
+            moved = {name: tensor.to(self._backbone.device) for name, tensor in own.items()}
+            stack = Stack([moved], [scale], common_scale=common_scale) if own else NOTHING
+            if own and (self._owner[batch] != device).any():
+                x, p = self._computed(level, batch, stack, own)
             else:
-                store = self._filled(level, device, batch, stack, below)
+                store = self._filled(level, device, batch, stack, own)
                 rows = torch.from_numpy(self.tokens.rows(batch))
                 x = store.hidden.index_select(0, rows)
                 p = None if store.projected is None else store.projected.index_select(0, rows)
@@ -245,8 +248,12 @@ def _file(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         )
 
 
-def is_below(name: str, level: Level) -> bool:
-    """Return whether a block acts before a level."""
+def below(blocks: Tensors, level: Level) -> Tensors:
+    """Return those of a device's blocks that act before a level."""
+    return {name: tensor for name, tensor in blocks.items() if _is_below(name, level)}
+
+
+def _is_below(name: str, level: Level) -> bool:
     layer = layer_of(name)
     if layer is None:
         return False

@@ -9,7 +9,7 @@ import torch
 
 from pwff_opt.federated.backbone import NOTHING, Backbone, Stack, Start
 from pwff_opt.federated.blocks import Tensors
-from pwff_opt.federated.features import Features, Level, is_below
+from pwff_opt.federated.features import Features, Level, below
 from pwff_opt.federated.tokens import Indices, Packed, Tokens
 
 REMEMBERED_TOKENS = 8192  # a step's sampled answers, with room to spare
@@ -80,7 +80,7 @@ class CachedPasses(Passes):
         super().__init__(backbone, devices, stack)
         self._features, self._level = features, level
         self._scales, self._common_scale = scales, common_scale
-        self._below = [{n: t for n, t in own.items() if is_below(n, level)} for own in blocks]
+        self._below = [below(own, level) for own in blocks]
         self._latest: Tokens | None = None
         self._starts: dict[bytes, Start] = {}
         """Of ``_latest``, by sequences."""

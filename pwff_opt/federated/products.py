@@ -29,9 +29,10 @@ class Frozen:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        # In bfloat16 torch calls oneDNN itself.
+        # In bfloat16 torch calls oneDNN itself, where the processor has instructions for it.
         self._onednn = _ONEDNN and weight.dtype == torch.float32 and weight.device.type == "cpu"
-        # Column by column, as oneDNN multiplies: by rows it takes 5 % longer.
+        # By columns oneDNN takes 5 % less time than by rows. A backward pass reads them turned, so it is
+        # slower by as much, but there are more passes forward.
         self.weight = weight.t().contiguous().t() if self._onednn else weight
         self.bias = bias
 

@@ -137,7 +137,7 @@ class Trainer:
         ]
         taking_part = [k for k, here in enumerate(participants(self.scenario, number)) if here]
         size = self._cohort_size
-        cohorts = [
+        cohorts = [  # with their mini-batches, for how long they take is to be known before
             {k: self.batches(number, k) for k in taking_part[n : n + size]}
             for n in range(0, len(taking_part), size)
         ]

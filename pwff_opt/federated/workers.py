@@ -7,7 +7,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -55,7 +55,7 @@ class Workers:
         size: Callable[[Item], float] = lambda _: 0.0,
         done: Callable[[Item], None] = lambda _: None,
     ) -> list[Result]:
-        """Return ``work(item)`` for all items, in order; ``done`` is called after each, in order.
+        """Return ``work(item)`` for all items, in order; ``done`` is called as each ends.
 
         Those of largest ``size`` are begun first, so that no long one is left for the end (Graham 1969).
         """
@@ -67,17 +67,18 @@ class Workers:
 
         with one_thread_each(), ThreadPoolExecutor(self.count) as pool:
             order = sorted(range(len(items)), key=lambda place: -size(items[place]))
-            futures = {place: pool.submit(watched, items[place]) for place in order}
-            results = []
+            futures = {pool.submit(watched, items[place]): place for place in order}
+            results = {}
             try:
-                for place, item in enumerate(items):
-                    results.append(futures[place].result())
-                    done(item)
+                for future in as_completed(futures):
+                    place = futures[future]
+                    results[place] = future.result()
+                    done(items[place])
             except BaseException:
                 given_up.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return results
+        return [results[place] for place in range(len(items))]
 
 
 # What glibc's mallopt calls M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and how much is kept of freed memory.

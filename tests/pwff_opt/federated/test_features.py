@@ -15,7 +15,7 @@ from pwff_opt.decision import Schedule
 from pwff_opt.federated import features
 from pwff_opt.federated.backbone import Stack
 from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.features import Level
+from pwff_opt.federated.features import Level, below
 from pwff_opt.federated.tokens import Packed
 from pwff_opt.scenario import Scenario
 
@@ -39,7 +39,8 @@ def hidden(evaluator: FederatedEvaluator, schedule: Schedule, device: int) -> tu
     scale = trainer._scale(decision.ranks[device])
     packed = Packed.of(evaluator.material.stage.tokens, [batch])
     with torch.inference_mode():
-        cached = trainer.features.start(level, [device], [batch], [own], [scale], 1.0)
+        known = below(own, level)
+        cached = trainer.features.start(level, [device], [batch], [known], [scale], 1.0)
         whole = backbone.run(
             packed,
             Stack([own], [scale]),
@@ -125,7 +126,8 @@ def test_devices_that_read_the_same_text_do_not_read_each_other(
     packed = Packed.of(evaluator.material.stage.tokens, [batch])
     for device in (0, 2, 1, 2, 0):
         own = state.devices[device]
-        start = trainer.features.start(level, [device], [batch], [own], [scale], 1.0)
+        known = below(own, level)
+        start = trainer.features.start(level, [device], [batch], [known], [scale], 1.0)
         with torch.no_grad():
             embedded = backbone.embed(packed)
             stack = Stack([own], [scale])

@@ -14,7 +14,7 @@ from pwff_opt.decision import Schedule
 from pwff_opt.federated.backbone import Stack
 from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.export import load_device_model
-from pwff_opt.federated.features import Level
+from pwff_opt.federated.features import Level, below
 from pwff_opt.federated.tokens import Packed
 from pwff_opt.scenario import Scenario
 
@@ -46,7 +46,8 @@ def test_packing_and_cache_change_nothing(llama: Scenario, tmp_path: Path) -> No
         expected = plain(input_ids=ids, attention_mask=mask).logits
         packed = Packed.of(tokens, [batch])
         from_below = backbone.logits(packed, stack, backbone.embed(packed))
-        start = trainer.features.start(Level(1), [0], [batch], [state.devices[0]], [2.0], 1.0)
+        known = below(state.devices[0], Level(1))
+        start = trainer.features.start(Level(1), [0], [batch], [known], [2.0], 1.0)
         from_cache = backbone.logits(packed, stack, start)
         alone = Packed.of(tokens, [batch[:1]])
         by_itself = backbone.logits(alone, stack, backbone.embed(alone))

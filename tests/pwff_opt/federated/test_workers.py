@@ -10,15 +10,20 @@ import pytest
 from pwff_opt.federated.workers import Workers, go_on
 
 
-def test_results_and_calls_are_in_order() -> None:
+def test_results_are_in_order_and_each_is_told_when_it_ends() -> None:
     told: list[int] = []
+    second_told = threading.Event()
+
+    def tell(item: int) -> None:
+        told.append(item)
+        second_told.set()
 
     def work(item: int) -> int:
-        time.sleep(0.02 * (3 - item))
+        assert item == 1 or second_told.wait(10)
         return 10 * item
 
-    assert Workers(3).map(work, range(3), done=told.append) == [0, 10, 20]
-    assert told == [0, 1, 2]
+    assert Workers(2).map(work, range(2), done=tell) == [0, 10]
+    assert told == [1, 0]
 
 
 def test_the_largest_are_begun_first() -> None:
@@ -33,12 +38,15 @@ def test_the_largest_are_begun_first() -> None:
     assert begun == [2, 0, 3, 1]
 
 
+@pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_long_item_ends_at_its_next_step_when_another_fails(error: type[BaseException]) -> None:
+def test_a_long_item_ends_at_its_next_step_when_another_fails(
+    error: type[BaseException], failing: int
+) -> None:
     steps, begun = [], threading.Event()
 
     def work(item: int) -> None:
-        if item == 0:
+        if item == failing:
             begun.wait(10)
             raise error
         for number in range(1000):
