@@ -43,12 +43,18 @@ def load_corpus(data: Data, *, folder: Path) -> Corpus:
         return _hutto(data.neutral_band)
     if data.source in _ORANGE:
         return _orange(data.source)
-    table = _stated(read_table(data, folder=folder), [data.text_column, data.label_column], data)
+    table = read_table(data, folder=folder)
+    rows, table = len(table), _stated(table, [data.text_column, data.label_column], data)
     corpus = gather(
         table[data.text_column], labels=table[data.label_column], domains=domains_of(table, data)
     )
     if len(corpus.class_names) < 2:
-        raise DataError(f"data must have at least 2 classes, got {len(corpus.class_names)}")
+        found = ", ".join(map(repr, corpus.class_names)) or "no text with a label"
+        raise DataError(
+            f"data must have at least 2 classes, got {len(corpus.class_names)} in column "
+            f"{data.label_column!r}: {found}; of {rows} rows {len(table)} have a label and a text of "
+            "their own"
+        )
     return corpus
 
 

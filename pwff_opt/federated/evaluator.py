@@ -65,6 +65,10 @@ class FederatedEvaluator:
         workers: int | None = None,
         like: FederatedEvaluator | None = None,
     ) -> None:
+        if not isinstance(scenario, Scenario):
+            raise DecisionError(
+                f"scenario must be a Scenario, as read_scenario(NAME or PATH) returns it, got {scenario!r}"
+            )
         self.scenario = scenario
         self._folder = Path(checkpoints)
         self._tick, self._worker_count = tick, workers

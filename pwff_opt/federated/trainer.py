@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -34,6 +35,8 @@ from pwff_opt.federated.workers import Workers
 from pwff_opt.participation import participants
 from pwff_opt.rng import stream
 from pwff_opt.scenario import AVERAGING, Scenario
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "test"]
 
@@ -160,12 +163,14 @@ class Trainer:
             k: math.isfinite(learned.loss) and exchange.is_sound(learned.blocks)
             for k, learned in trained.items()
         }
-        if not any(finite.values()):
-            raise TrainingError(
-                f"round {number}: the losses of all devices must not diverge, nor their blocks leave "
-                f"the range of peft.upload_dtype {self._peft.upload_dtype!r}; lower "
-                f"training.learning_rate ({self.scenario.training.learning_rate:g})"
-            )
+        bad = [k for k, good in finite.items() if not good]
+        if bad:
+            told = self._diverged(number, bad, [trained[k].loss for k in bad])
+            if len(bad) == len(finite):
+                raise TrainingError(f"{told}; nobody is left to go on with")
+            logger.warning("%s; this round goes on without", told)
+        if not finite:
+            raise TrainingError(f"round {number + 1}: at least one device must take part, got 0")
         after = [
             own | trained[k].blocks if finite.get(k, False) else own for k, own in enumerate(before)
         ]
@@ -198,10 +203,24 @@ class Trainer:
             ),
             accuracy=tuple(own["accuracy"] for own in measured),
             uplink_bit=uplink_bit,
-            diverged=tuple(k for k, good in finite.items() if not good),
+            diverged=tuple(bad),
             notes=_by_name(noted),
         )
         return new, report
+
+    def _diverged(self, number: int, devices: Sequence[int], losses: Sequence[float]) -> str:
+        """Return who diverged, in what, and what to do."""
+        training = self.scenario.training
+        what = (
+            f"blocks must stay in the range of peft.upload_dtype {self._peft.upload_dtype!r}"
+            if all(math.isfinite(loss) for loss in losses)
+            else "losses and blocks must stay finite"
+        )
+        return (
+            f"round {number + 1}: {what}, but diverged on device {', '.join(map(str, devices))} of "
+            f"{len(self.shards)}; lower training.learning_rate ({training.learning_rate:g}) or "
+            f"training.head_learning_rate ({training.head_learning_rate:g})"
+        )
 
     def measures(
         self, state: State, decision: RoundDecision, split: Split

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from pwff_opt.errors import DecisionError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -44,6 +46,8 @@ class Workers:
     """
 
     def __init__(self, count: int | None = None) -> None:
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise DecisionError(f"workers must be a whole number of at least 1, got {count!r}")
         self.count = count or cores()
         _keep_freed_memory()
 

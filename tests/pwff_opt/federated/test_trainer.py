@@ -355,12 +355,18 @@ def test_a_training_that_diverges_is_named_and_recorded(small: Scenario, tmp_pat
     wild = replace(small, training=replace(small.training, learning_rate=1e30))
     evaluation = FederatedEvaluator(wild, tmp_path).train(Schedule.parse("3x2:aaa", devices=3))
     assert evaluation.status == "failed"
-    assert "round 0: the losses of all devices must not diverge" in evaluation.reason
+    assert "round 1: losses and blocks must stay finite" in evaluation.reason
+    assert (
+        "diverged on device 0, 1, 2 of 3; lower training.learning_rate (1e+30)" in evaluation.reason
+    )
+    assert "training.head_learning_rate" in evaluation.reason
     assert evaluation.rounds == ()
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_diverged_device_spoils_no_other(small: Scenario, tmp_path: Path, size: int) -> None:
+def test_a_diverged_device_spoils_no_other(
+    small: Scenario, tmp_path: Path, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """Device 1 holds a NaN: it is named, its round is undone, and the others go on without it."""
     evaluator = FederatedEvaluator(small, tmp_path)
     trainer = evaluator.trainer
@@ -373,6 +379,9 @@ def test_a_diverged_device_spoils_no_other(small: Scenario, tmp_path: Path, size
     sick = replace(start, devices=(start.devices[0], bad, start.devices[2]))
     state, report = trainer.round(sick, 1, decision, present)
     assert report.diverged == (1,)
+    assert (
+        "round 2: losses and blocks must stay finite, but diverged on device 1 of 3" in caplog.text
+    )
     assert [math.isnan(loss) for loss in report.loss] == [False, True, False]
     assert report.uplink_bit[1] == 0 < report.uplink_bit[0]
     well, _ = trainer.round(start, 1, decision, present)

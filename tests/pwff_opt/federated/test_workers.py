@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 
+from pwff_opt.errors import DecisionError
 from pwff_opt.federated.workers import Workers, go_on
 
 
@@ -59,3 +61,9 @@ def test_a_long_item_ends_at_its_next_step_when_another_fails(
         Workers(2).map(work, range(2))
     assert 0 < len(steps) < 500
     assert Workers(1).map(lambda _: go_on(), range(2)) == [None, None]  # the next map goes on
+
+
+@pytest.mark.parametrize("count", [0, -3, "2", 1.5])
+def test_a_number_of_workers_that_makes_no_sense(count: Any) -> None:
+    with pytest.raises(DecisionError, match="workers must be a whole number of at least 1, got"):
+        Workers(count)
