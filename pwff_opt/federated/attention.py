@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from pwff_opt.federated import kernels
 from pwff_opt.federated.tokens import Packed
 
 
@@ -46,21 +51,7 @@ class Around:
         self.packed = packed
         self.rotary = rotary
         self.window = window
-        self._bias: torch.Tensor | None = None
-        barred = None
-        if causal:
-            # Padding comes last, so no token attends to it.
-            shape = (packed.width, packed.width)
-            barred = torch.ones(shape, dtype=torch.bool, device=packed.ids.device).triu(1)[None]
-        elif packed.inside is not None:
-            barred = ~packed.inside[:, None]
-        if window is not None and packed.width > window.width:
-            places = torch.arange(packed.width, device=packed.ids.device)
-            far = window.bars(places[:, None], places)[None]
-            barred = far if barred is None else barred | far
-        if barred is not None:
-            self._bias = torch.zeros(barred.shape, device=barred.device)
-            self._bias = self._bias.masked_fill(barred, -1e9)
+        self.causal = causal
 
     def attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float
@@ -70,19 +61,37 @@ class Around:
         softmax(scale Q K^T) V in every sequence and head; several heads of queries may share one of
         keys and values, in order (grouped queries). Rows beyond the tokens fill up, and stay zero.
         """
-        attended: torch.Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-            queries, keys, values, self.packed, self._bias, scale
+        tensors = (queries, keys, values)
+        compiled = kernels.AVAILABLE and all(
+            x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[2] % kernels.LANES == 0
+            for x in tensors
         )
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        how = _Compiled if compiled else _Padded
+        attended: torch.Tensor = how.apply(*tensors, self, scale, learns)  # type: ignore[no-untyped-call]
         return attended
 
+    @functools.cached_property
+    def barred(self) -> torch.Tensor | None:
+        """[sequence or 1, query or 1, key]: which padded places are not seen; None: all are."""
+        packed, barred = self.packed, None
+        places = torch.arange(packed.width, device=packed.ids.device)
+        if self.causal:
+            # Padding comes last, so no token attends to it.
+            barred = (places > places[:, None])[None]
+        elif packed.inside is not None:
+            barred = ~packed.inside[:, None]
+        if self.window is not None and packed.width > self.window.width:
+            far = self.window.bars(places[:, None], places)[None]
+            barred = far if barred is None else barred | far
+        return barred
 
-class _Attention(torch.autograd.Function):
-    """Written out, padded to the longest sequence, heads outermost.
 
-    At tens of tokens a sequence the products are so small that moving numbers is what counts: padding and
-    turning to heads is one gather here, scale and mask go into the product.  torch's fused attention takes
-    longer forwards and several times as long backwards at these lengths.  A padded place holds its
-    sequence's first token, so one that diverges stays alone with its NaN.
+class _Compiled(torch.autograd.Function):
+    """By loops of our own (:mod:`pwff_opt.federated.kernels`), one sequence and head after the other.
+
+    At tens of tokens a sequence the products are so small that moving numbers is what counts: here
+    nothing is padded, turned to heads or masked in memory.
     """
 
     @staticmethod
@@ -91,16 +100,131 @@ class _Attention(torch.autograd.Function):
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        packed: Packed,
-        bias: torch.Tensor | None,
+        around: Around,
         scale: float,
+        learns: bool,
     ) -> torch.Tensor:
+        tensors = (queries, keys, values)
+        out, weights = attended(tensors, around, scale, learns=learns, dtype=queries.dtype)
+        ctx.save_for_backward(*tensors, weights)
+        ctx.around, ctx.scale = around, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *tensors, weights = ctx.saved_tensors
+        found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+        wanted = ctx.needs_input_grad[:3]
+        attended_back(grads[0], tensors, weights, ctx.around, ctx.scale, found, wanted)
+        dq, dk, dv = (x if wants else None for x, wants in zip(found, wanted, strict=True))
+        return dq, dk, dv, None, None, None
+
+
+def attended(
+    tensors: Sequence[torch.Tensor],
+    around: Around,
+    scale: float,
+    *,
+    learns: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what queries, keys and values make (:meth:`Around.attend`), as ``dtype``, and the weights.
+
+    The latter are complete if it ``learns``.
+    """
+    queries, keys, _ = tensors
+    lengths, (_, heads, size) = around.packed.lengths.numpy(), queries.shape
+    squares = lengths * kernels.whole(lengths)
+    weights = queries.new_empty(heads * int(squares.sum()) if learns else int(squares.max()))
+    out = _rest_zero(queries.new_empty(len(queries), heads * size, dtype=dtype), around.packed)
+    window = around.window or Window(width=around.packed.width, sinks=0)
+    kernels.attend(
+        *itertools.chain.from_iterable(map(_rows, tensors)),
+        lengths,
+        heads,
+        heads // keys.shape[1],
+        size,
+        np.float32(scale),
+        around.causal,
+        window.width,
+        window.sinks,
+        kernels.flat(out),
+        kernels.flat(weights),
+        learns,
+    )
+    return out, weights
+
+
+def attended_back(
+    grad: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    around: Around,
+    scale: float,
+    found: Sequence[torch.Tensor],
+    wanted: Sequence[bool],
+) -> None:
+    """Write the gradients of queries, keys and values to ``found``, where wanted."""
+    queries, keys, _ = tensors
+    heads, size = queries.shape[1:]
+    for x, wants in zip(found, wanted, strict=True):
+        if wants:
+            _rest_zero(x, around.packed)
+    kernels.attend_back(
+        kernels.flat(grad.contiguous()),
+        *itertools.chain.from_iterable(map(_rows, tensors)),
+        around.packed.lengths.numpy(),
+        heads,
+        heads // keys.shape[1],
+        size,
+        np.float32(scale),
+        kernels.flat(weights),
+        *itertools.chain.from_iterable(map(_rows, found)),
+        (wanted[0], wanted[1], wanted[2]),
+    )
+
+
+def _rows(x: torch.Tensor) -> tuple[Any, int]:
+    """Return the memory of [row, ...], and how far apart in it rows are."""
+    if not x[0].is_contiguous():
+        x = x.contiguous()
+    size = (len(x) - 1) * x.stride(0) + x[0].numel()
+    return kernels.flat(x.detach().as_strided((size,), (1,))), x.stride(0)
+
+
+def _rest_zero(x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """Return ``x``, [row, ...], with zeros where rows fill up below the tokens."""
+    if len(x) > len(packed.places):
+        x[len(packed.places) :] = 0
+    return x
+
+
+class _Padded(torch.autograd.Function):
+    """Written out in torch, padded to the longest sequence, heads outermost: on GPUs, and for odd heads.
+
+    Padding and turning to heads is one gather here, scale and mask go into the product.  torch's fused
+    attention takes longer forwards and several times as long backwards at tens of tokens.  A padded
+    place holds its sequence's first token, so one that diverges stays alone with its NaN.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        around: Around,
+        scale: float,
+        learns: bool,
+    ) -> torch.Tensor:
+        packed, barred = around.packed, around.barred
         groups = queries.shape[1] // keys.shape[1]
         q, k, v = (_padded(x, packed) for x in (queries, keys, values))
         k, v = _repeated(k, groups, packed), _repeated(v, groups, packed)
         weights = _scaled(q, k.transpose(1, 2), scale)
-        if bias is not None:
-            weights.view(-1, packed.sequences, packed.width, packed.width).add_(bias)
+        if barred is not None:
+            by_sequence = weights.view(-1, packed.sequences, packed.width, packed.width)
+            by_sequence.masked_fill_(barred, -1e9)
         weights = weights.softmax(-1)
         ctx.save_for_backward(q, k, v, weights)
         ctx.packed, ctx.groups, ctx.scale = packed, groups, scale

@@ -24,6 +24,7 @@ from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
 from pwff_opt.federated.attention import Around, Window
 from pwff_opt.federated.blocks import Tensors
 from pwff_opt.federated.families import HEADS, LAYERS, LORA_TARGETS, Ends, fused
+from pwff_opt.federated.low_rank import LowRank, Updates, joined
 from pwff_opt.federated.products import Frozen, filled
 from pwff_opt.federated.tokens import Packed
 from pwff_opt.models import model_config
@@ -57,29 +58,26 @@ class Stack:
         self._blocks, self._scales, self._common_scale = blocks, scales, common_scale
         self._names = set().union(*blocks)
 
-    def add_low_rank(
-        self,
-        layer: int,
-        name: str,
-        entered: torch.Tensor,
-        base: torch.Tensor,
-        counts: Sequence[int],
-    ) -> torch.Tensor:
-        """Return ``base + scale B A entered`` [row, outputs], each device by its own factors."""
-        kinds = [kind for kind in ("lora", "common") if f"{kind}.{layer}.{name}.A" in self._names]
-        for kind in kinds:
-            sums = []
-            scales = self._scales if kind == "lora" else [self._common_scale] * len(self._scales)
-            parts = zip(self._parts(entered, counts), self._parts(base, counts), strict=True)
-            for (part, to), own, scale in zip(parts, self._blocks, scales, strict=True):
-                a = own.get(f"{kind}.{layer}.{name}.A")
-                if a is None:
-                    sums.append(to)
-                    continue
-                b = own[f"{kind}.{layer}.{name}.B"]
-                sums.append(torch.addmm(to, functional.linear(part, a), b.t(), alpha=scale))
-            base = _joined(sums)
-        return base
+    def low_rank(self, layer: int, names: Sequence[str], counts: Sequence[int]) -> Updates:
+        """Return what the devices, of ``counts`` rows each, add to a layer's projections."""
+        return {name: self._updates(f"{layer}.{name}", counts) for name in names}
+
+    def _updates(self, place: str, counts: Sequence[int]) -> list[list[LowRank]]:
+        passes = []
+        for kind in ("lora", "common"):
+            a, b = f"{kind}.{place}.A", f"{kind}.{place}.B"
+            if a not in self._names:
+                continue
+            updates, stop = [], 0
+            for own, scale, count in zip(self._blocks, self._scales, counts, strict=True):
+                start, stop = stop, stop + count
+                if a in own:
+                    scale = scale if kind == "lora" else self._common_scale
+                    updates.append(
+                        LowRank(start=start, stop=stop, scale=scale, a=own[a], b=own[b])
+                    )
+            passes.append(updates)
+        return passes
 
     def adapt(self, layer: int, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Return ``x`` through each device's bottleneck adapter, where the layer has one."""
@@ -95,7 +93,7 @@ class Stack:
             inner = functional.gelu(inner)
             up = functional.linear(inner, own[f"{prefix}up.weight"], own[f"{prefix}up.bias"])
             sums.append(part + up)
-        return _joined(sums)
+        return joined(sums)
 
     def deltas(self, layer: int) -> Tensors:
         """Return what aggregation has added to a layer's frozen weights: the same for all devices."""
@@ -108,7 +106,7 @@ class Stack:
 
     def classify(self, pooled: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """Return [sequence, class] by each device's own head."""
-        return _joined(
+        return joined(
             [
                 functional.linear(part, own["head.weight"], own.get("head.bias"))
                 for part, own in zip(self._parts(pooled, counts), self._blocks, strict=True)
@@ -118,10 +116,6 @@ class Stack:
     def _parts(self, x: torch.Tensor, counts: Sequence[int]) -> Sequence[torch.Tensor]:
         """Return the rows of every device."""
         return [x] if len(self._blocks) == 1 else x.split(list(counts))
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 NOTHING = Stack([{}], [1.0])
@@ -225,19 +219,14 @@ class Backbone:
         for number in range(start.layer, stop + completed):
             layer, known = self.layers[number], number == start.layer
             if not (known and start.completed):
-                entered = layer.enter(x)
                 deltas = stack.deltas(number)
-                if known and start.projected is not None and not deltas:
-                    projected = filled(start.projected)
-                elif deltas:
-                    projected = self._projection(number, deltas)(entered)
-                else:
-                    projected = layer.project(entered)
-                columns = projected.split([*layer.widths.values()], 1)
-                parts = dict(zip(layer.widths, columns, strict=True))
-                for name in LORA_TARGETS[self.family]:
-                    parts[name] = stack.add_low_rank(number, name, entered, parts[name], counts)
-                x = layer.complete(x, parts, around)
+                x = layer.run(
+                    x,
+                    around,
+                    stack.low_rank(number, LORA_TARGETS[self.family], counts),
+                    project=self._projection(number, deltas) if deltas else None,
+                    projected=start.projected if known and not deltas else None,
+                )
             if number < stop:
                 x = stack.adapt(number, x, counts)
         return x if len(x) == len(start.hidden) else x[: len(start.hidden)]

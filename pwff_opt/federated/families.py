@@ -3,9 +3,9 @@
 A row is a token's; rows of zeros below fill up (see :mod:`pwff_opt.federated.products`).
 
 A layer falls into two parts, so that what never changes can be kept: ``project`` computes queries,
-keys and values [row, query + key + value] from the layer's input, ``complete`` all the rest.  LoRA
-comes in between.  Weights are frozen, in float32 or bfloat16; products run in that type, everything
-else in float32, projections with something added to their weights too.
+keys and values [row, query + key + value] from the layer's input, ``run`` all the rest.  LoRA comes in
+between.  Weights are frozen, in float32 or bfloat16; products run in that type, everything else in
+float32, projections with something added to their weights too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from transformers.activations import ACT2FN
 
 from pwff_opt.errors import ModelError
 from pwff_opt.federated.attention import Around, Window
+from pwff_opt.federated.encoder import Encoder
+from pwff_opt.federated.low_rank import Updates, add_low_rank
 from pwff_opt.federated.products import Frozen, filled
 from pwff_opt.federated.tokens import Packed
 
@@ -39,38 +41,78 @@ class Layer(Protocol):
     def project(self, entered: torch.Tensor) -> torch.Tensor:
         """Return queries, keys and values side by side, [row, query + key + value]."""
 
-    def change(self, deltas: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return ``project`` with something added to the weights of some projections, in float32."""
+    def change(self, deltas: Mapping[str, torch.Tensor]) -> Frozen:
+        """Return the projections with something added to the weights of some, in float32."""
 
-    def complete(
-        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around
+    def run(
+        self,
+        x: torch.Tensor,
+        around: Around,
+        updates: Updates,
+        *,
+        project: Frozen | None = None,
+        projected: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the output, [row, hidden], from the input and the projections by name."""
+        """Return the layer's output, [row, hidden], from its input, whose rows are filled.
+
+        Parameters
+        ----------
+        updates : what devices add to projections.
+        project : projections other than the layer's own.
+        projected : what :meth:`project` returns, where it is known, in any type; [token, ...].
+        """
 
 
-class _Products:
-    """Queries, keys and values by one product."""
+class _Layer:
+    """A layer of torch's operations, in its two parts."""
 
     widths: Mapping[str, int]
 
     def __init__(self, parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype) -> None:
-        self._product = fused(parts, dtype)
+        self._project = fused(parts, dtype)
         self.widths = {name: part.out_features for name, part in parts.items()}
 
-    def project(self, entered: torch.Tensor) -> torch.Tensor:
-        return self._product(entered).float()
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
-    def change(self, deltas: Mapping[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        weight = self._product.weight.to(torch.float32, copy=True)
+    def project(self, entered: torch.Tensor) -> torch.Tensor:
+        return self._project(entered).float()
+
+    def change(self, deltas: Mapping[str, torch.Tensor]) -> Frozen:
+        weight = self._project.weight.to(torch.float32, copy=True)
         parts = dict(zip(self.widths, weight.split([*self.widths.values()]), strict=True))
         for name, delta in deltas.items():
             parts[name] += delta
         # Back in bfloat16, what was added would mostly be rounded away.
-        bias = self._product.bias
+        bias = self._project.bias
         return Frozen(weight, None if bias is None else bias.float())
 
+    def run(
+        self,
+        x: torch.Tensor,
+        around: Around,
+        updates: Updates,
+        *,
+        project: Frozen | None = None,
+        projected: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        entered = self.enter(x)
+        if projected is None:
+            projected = (project or self._project)(entered)
+        columns = filled(projected.float()).split([*self.widths.values()], 1)
+        parts = dict(zip(self.widths, columns, strict=True))
+        for name, passes in updates.items():
+            parts[name] = add_low_rank(parts[name], entered, passes)
+        return self._complete(x, parts, around)
 
-class BertLayer(_Products):
+    def _complete(
+        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around
+    ) -> torch.Tensor:
+        """Return the output, [row, hidden], from the input and the projections by name."""
+        raise NotImplementedError
+
+
+class BertLayer(_Layer):
     """A layer with norms after its parts (Devlin et al. 2019)."""
 
     def __init__(self, layer: Any, config: Any, dtype: torch.dtype) -> None:
@@ -83,11 +125,35 @@ class BertLayer(_Products):
         self._down = fused({"": layer.output.dense}, dtype)
         self._last_norm = layer.output.LayerNorm
         self._activation = ACT2FN[config.hidden_act]
+        self._compiled = Encoder.of(
+            heads=self._heads,
+            activation=config.hidden_act,
+            project=self._project,
+            mix=self._out,
+            norm=self._norm,
+            up=self._up,
+            down=self._down,
+            last_norm=self._last_norm,
+        )
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def complete(
+    def run(
+        self,
+        x: torch.Tensor,
+        around: Around,
+        updates: Updates,
+        *,
+        project: Frozen | None = None,
+        projected: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self._compiled is None:
+            return super().run(x, around, updates, project=project, projected=projected)
+        by_place = [updates.get(name, ()) for name in self.widths]
+        return self._compiled(x, around, by_place, project=project, projected=projected)
+
+    def _complete(
         self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around
     ) -> torch.Tensor:
         q, k, v = (parts[name].unflatten(1, (self._heads, -1)) for name in self.widths)
@@ -97,7 +163,7 @@ class BertLayer(_Products):
         return self._last_norm(self._down(inner).float() + x)  # type: ignore[no-any-return]
 
 
-class LlamaLayer(_Products):
+class LlamaLayer(_Layer):
     """A layer with norms before its parts, rotated positions and a gate (Touvron et al. 2023)."""
 
     def __init__(self, layer: Any, config: Any, dtype: torch.dtype) -> None:
@@ -113,7 +179,7 @@ class LlamaLayer(_Products):
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         return self._before(x)  # type: ignore[no-any-return]
 
-    def complete(
+    def _complete(
         self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around
     ) -> torch.Tensor:
         assert around.rotary is not None

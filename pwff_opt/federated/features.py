@@ -126,7 +126,7 @@ class Features:
             layer=level.layer,
             # Copies also of a single one: what inference mode made serves no backward pass.
             hidden=torch.cat(hidden).to(device_of),
-            projected=torch.cat(projected).to(device_of).float() if projected else None,
+            projected=torch.cat(projected).to(device_of) if projected else None,
             completed=level.completed,
         )
 

@@ -39,26 +39,32 @@ class Frozen:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T + b, [row, outputs], in the type of the weights."""
         whole = filled(x.to(self.weight.dtype))
-        if not self._onednn:
-            result = functional.linear(whole, self.weight, self.bias)
-        elif whole.requires_grad and torch.is_grad_enabled():
-            result = _Product.apply(whole, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        if self._onednn and whole.requires_grad and torch.is_grad_enabled():
+            result = _Product.apply(whole, self)  # type: ignore[no-untyped-call]
         else:
-            result = _product(whole, self.weight, self.bias)
+            result = self.forward(whole)
         return result if len(result) == len(x) else result[: len(x)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the same of rows that are filled and of the weights' type."""
+        if self._onednn:
+            return _product(x, self.weight, self.bias)
+        return functional.linear(x, self.weight, self.bias)
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of ``x``, given that of :meth:`forward`, both of the weights' type."""
+        return _product(grad, self.weight.t(), None) if self._onednn else grad @ self.weight
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.weight = weight
-        return _product(x, weight, bias)
+    def forward(ctx: Any, x: torch.Tensor, frozen: Frozen) -> torch.Tensor:
+        ctx.frozen = frozen
+        return frozen.forward(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _product(grads[0], ctx.weight.t(), None), None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.frozen.backward(grads[0]), None
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
