@@ -21,6 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
 	$(BIN)/python -m pwff_solvers.allocation
+	$(BIN)/python -m pwff_opt.federated
 	$(BIN)/pwff-opt data fetch
 	@touch $@
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pwff_opt.federated import kernels
+from pwff_opt.federated.lanes import LANES
 from pwff_opt.federated.tokens import Packed
 
 
@@ -63,7 +64,7 @@ class Around:
         """
         tensors = (queries, keys, values)
         compiled = kernels.AVAILABLE and all(
-            x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[2] % kernels.LANES == 0
+            x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[2] % LANES == 0
             for x in tensors
         )
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

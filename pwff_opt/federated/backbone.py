@@ -73,9 +73,7 @@ class Stack:
                 start, stop = stop, stop + count
                 if a in own:
                     scale = scale if kind == "lora" else self._common_scale
-                    updates.append(
-                        LowRank(start=start, stop=stop, scale=scale, a=own[a], b=own[b])
-                    )
+                    updates.append(LowRank(start=start, stop=stop, scale=scale, a=own[a], b=own[b]))
             passes.append(updates)
         return passes
 

@@ -16,6 +16,7 @@ import torch
 
 from pwff_opt.federated import kernels
 from pwff_opt.federated.attention import Around, attended, attended_back
+from pwff_opt.federated.lanes import LANES
 from pwff_opt.federated.low_rank import LowRank
 from pwff_opt.federated.products import Frozen, filled
 
@@ -28,7 +29,9 @@ class AddNorm:
     """LayerNorm of a sum (Ba et al. 2016), float32."""
 
     def __init__(self, norm: torch.nn.LayerNorm) -> None:
-        self._weight, self._bias = kernels.flat(norm.weight), kernels.flat(norm.bias)
+        self._weight, self._bias = (
+            kernels.flat(parameter.detach()) for parameter in (norm.weight, norm.bias)
+        )
         self._epsilon = np.float32(norm.eps)
 
     def forward(
@@ -86,8 +89,8 @@ class Encoder:
             and products["up"].weight.device.type == "cpu"
             and products["up"].weight.dtype in (torch.float32, torch.bfloat16)
             and activation == "gelu"
-            and hidden // heads % kernels.LANES == 0
-            and inner % kernels.LANES == 0
+            and hidden // heads % LANES == 0
+            and inner % LANES == 0
         )
         if not fits:
             return None

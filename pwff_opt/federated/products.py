@@ -40,7 +40,7 @@ class Frozen:
         """Return x W^T + b, [row, outputs], in the type of the weights."""
         whole = filled(x.to(self.weight.dtype))
         if self._onednn and whole.requires_grad and torch.is_grad_enabled():
-            result = _Product.apply(whole, self)  # type: ignore[no-untyped-call]
+            result: torch.Tensor = _Product.apply(whole, self)  # type: ignore[no-untyped-call]
         else:
             result = self.forward(whole)
         return result if len(result) == len(x) else result[: len(x)]

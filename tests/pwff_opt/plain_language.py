@@ -49,8 +49,8 @@ def save_decoder(folder: Path) -> None:
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         bos_token_id=101,
         eos_token_id=102,
         initializer_range=0.1,
@@ -149,8 +149,9 @@ def plain_steps(
     loss: Loss,
     *,
     dtype: torch.dtype,
+    turned: bool,
 ) -> Tensors:
-    """Train one device for a round; return its blocks."""
+    """Train one device for a round, with the examples of a batch in order or ``turned``; return blocks."""
     exchange = Exchange(scenario, number, decision)
     model, named = plain_device(scenario, start, decision.ranks[device])
     model.to(dtype)
@@ -164,7 +165,7 @@ def plain_steps(
     )
     anchors = {name: p.detach().clone() for name, p in named.items() if exchange.sends(name)}
     for batch in evaluator.trainer.batches(number, device):
-        value = loss(model, device, batch.tolist())
+        value = loss(model, device, batch[:: -1 if turned else 1].tolist())
         for name, anchor in anchors.items():
             if named[name].requires_grad and scenario.aggregation.proximal:
                 distance = (named[name] - anchor).square().sum()
@@ -182,6 +183,7 @@ def plain_rounds(
     loss: Loss,
     *,
     dtype: torch.dtype = torch.float32,
+    turned: bool = False,
 ) -> Iterator[State]:
     """Train one device after another; yield the state after every round.
 
@@ -197,7 +199,9 @@ def plain_rounds(
             for k, own in enumerate(state.devices)
         ]
         after = [
-            plain_steps(scenario, evaluator, own, number, k, decision, loss, dtype=dtype)
+            plain_steps(
+                scenario, evaluator, own, number, k, decision, loss, dtype=dtype, turned=turned
+            )
             for k, own in enumerate(before)
         ]
         state, _ = Exchange(scenario, number, decision).merge(
@@ -216,19 +220,45 @@ def plain_rounds(
 
 
 def distances(a: Tensors, b: Tensors) -> dict[str, float]:
-    """Return the relative error of every block (an adapter, a layer's LoRA) in the Euclidean norm.
+    """Return the relative error of every block (an adapter, a layer's LoRA, the head) in the Euclidean norm.
 
     What aggregation has left in frozen weights counts with the LoRA that it is a remainder of.
     """
     assert a.keys() == b.keys()
     blocks: dict[str, list[str]] = {}
     for name in a:
-        blocks.setdefault(".".join(name.replace("delta.", "lora.").split(".")[:2]), []).append(name)
+        kind, layer = name.replace("delta.", "lora.").split(".")[:2]
+        block = kind if kind == "head" else f"{kind}.{layer}"
+        blocks.setdefault(block, []).append(name)
     errors = {}
     for block, names in blocks.items():
         ours, theirs = (torch.cat([x[name].flatten() for name in names]) for x in (a, b))
         errors[block] = float((ours - theirs).norm() / theirs.norm())
     return errors
+
+
+def assert_agree(ours: State, plain: State, turned: State, exact: State, *, to: State) -> None:
+    """Assert that every device's blocks are ``to``'s to 1e-5, where float32 determines them.
+
+    AdamW divides a gradient by its own size, so a number whose gradient is all rounding goes either way.
+    Such numbers are found by plain training alone: those where training in float32, with the examples of a
+    batch in order (``plain``) or ``turned``, is further from that in float64 (``exact``) than 1e-6 of the
+    tensor's norm.  They are few, and of them no more is asked than that the block is right to 1e-3.
+    """
+    for device, own in enumerate(ours.devices):
+        truth, goal = exact.devices[device], to.devices[device]
+        unsure = {
+            name: torch.stack([(x.devices[device][name] - tensor).abs() for x in (plain, turned)])
+            .gt(1e-6 * tensor.norm())
+            .any(0)
+            for name, tensor in truth.items()
+        }
+        sizes = sum(mask.numel() for mask in unsure.values())
+        assert sum(int(mask.sum()) for mask in unsure.values()) <= 0.1 * sizes, device
+        sure = {name: torch.where(unsure[name], goal[name], tensor) for name, tensor in own.items()}
+        errors = distances(sure, goal)
+        assert max(errors.values(), default=0.0) <= 1e-5, (device, errors)
+        assert max(distances(own, goal).values(), default=0.0) <= 1e-3, device
 
 
 def assert_equals_plain(
@@ -241,25 +271,19 @@ def assert_equals_plain(
 ) -> State:
     """Train by the trainer and plainly, both with one thread a product; return the trainer's state.
 
-    AdamW divides a gradient by its own size, so that the smallest ones, all rounding, count as much as
-    others.  What float32 does not determine is not asked for: the bound is 1e-5, or the distance of
-    plain training in float32 from the same in float64 where that is larger.  ``to_float64``: what is
-    bounded so is the distance from plain training in float64, not from that in float32.
+    They must agree (:func:`assert_agree`), or with ``to_float64`` the trainer and plain training in float64.
     """
     ours = evaluator.trainer.initial()
     with one_thread_each():
-        for number, (plain, exact) in enumerate(
+        for number, (plain, turned, exact) in enumerate(
             zip(
                 plain_rounds(scenario, evaluator, schedule, loss),
+                plain_rounds(scenario, evaluator, schedule, loss, turned=True),
                 plain_rounds(scenario, evaluator, schedule, loss, dtype=torch.float64),
                 strict=True,
             )
         ):
             decision, present = schedule.rounds[number], schedule.present[number]
             ours, _ = evaluator.trainer.round(ours, number, decision, present)
-            for device in range(len(ours.devices)):
-                own, other, truth = (x.devices[device] for x in (ours, plain, exact))
-                rounding = distances(other, truth)
-                for block, error in distances(own, truth if to_float64 else other).items():
-                    assert error <= max(1e-5, rounding[block]), (number, device, block, error)
+            assert_agree(ours, plain, turned, exact, to=exact if to_float64 else plain)
     return ours

@@ -46,6 +46,17 @@ CONFIGS: dict[str, tuple[str, Any]] = {
             hidden_act="relu",
         ),
     ),
+    "bert, compiled": (
+        "bert",
+        BertConfig(
+            vocab_size=97,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=48,
+            initializer_range=0.3,
+        ),
+    ),
     "llama": ("llama", LlamaConfig(**DECODER, attention_bias=True)),
     "llama, head_dim": ("llama", LlamaConfig(**DECODER, head_dim=16, rope_theta=500.0)),
     "mistral": ("llama", MistralConfig(**DECODER, sliding_window=64)),

@@ -44,7 +44,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=3,
-        num_attention_heads=4,
+        num_attention_heads=2,
         initializer_range=0.1,
     )
     model = BertForMaskedLM(config)

@@ -42,10 +42,10 @@ SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
+    "num_attention_heads": 2,
     "initializer_range": 0.3,
 }
-DECODER = SMALL | {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 7}
+DECODER = SMALL | {"num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 7}
 
 
 def sequences(*lengths: int, vocabulary: int = 90) -> Tokens:
@@ -82,12 +82,13 @@ def ours(backbone: Backbone, tokens: Tokens, batch: Sequence[int]) -> torch.Tens
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (1, 2), (3, 0), (3, 1), (4, 4), (30, 0)])
-@pytest.mark.parametrize("lengths", [(9, 9), (11, 2, 6), (5,)])
+@pytest.mark.parametrize("lengths", [(9, 9), (11, 2, 6), (5,), (40,)])
+@pytest.mark.parametrize("size", [8, 16])  # of 8, it is not compiled
 def test_attention_and_gradients(
-    causal: bool, window: int, sinks: int, lengths: tuple[int, ...]
+    causal: bool, window: int, sinks: int, lengths: tuple[int, ...], size: int
 ) -> None:
     packed = Packed.of(sequences(*lengths), [np.arange(len(lengths))])
-    inputs = [torch.randn(sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    inputs = [torch.randn(sum(lengths), heads, size, requires_grad=True) for heads in (4, 2, 2)]
     # In double precision: where a token sees itself alone, torch's own gradients are nought but rounding.
     twins = [x.detach().double().requires_grad_(True) for x in inputs]
     around = Around(packed, causal=causal, window=Window(width=window, sinks=sinks))

@@ -1,0 +1,49 @@
+"""Compile the trainer's kernels now and keep them: ``python -m pwff_opt.federated``.
+
+Otherwise the first training does it, which takes ten seconds once, twice that with a bfloat16 base.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertModel
+
+from pwff_opt.federated import kernels
+from pwff_opt.federated.attention import Around
+from pwff_opt.federated.families import BertLayer
+from pwff_opt.federated.lanes import LANES
+from pwff_opt.federated.low_rank import LowRank
+from pwff_opt.federated.tokens import Packed, Tokens
+
+
+def main() -> None:
+    """Pass forwards and backwards through one small layer of each kind."""
+    if not kernels.AVAILABLE:
+        print("trainer: numba is switched off, torch's own operations are used")
+        return
+    start = time.perf_counter()
+    print("trainer: compiling its kernels (20 seconds, once)", flush=True)
+    config = BertConfig(
+        vocab_size=1,
+        hidden_size=LANES,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=LANES,
+    )
+    model = BertModel(config).requires_grad_(False)
+    tokens = Tokens(ids=np.zeros(8, np.int64), offsets=np.array([0, 8]), pad_id=0)
+    around = Around(Packed.of(tokens, [np.array([0])]), causal=False)
+    a, b = torch.zeros(1, LANES, requires_grad=True), torch.zeros(LANES, 1, requires_grad=True)
+    update = LowRank(start=0, stop=8, scale=1.0, a=a, b=b)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = BertLayer(model.encoder.layer[0], config, dtype)
+        x = torch.zeros(8, LANES, requires_grad=True)
+        layer.run(x, around, {"query": [[update]]}).sum().backward()
+    print(f"trainer: ready after {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
