@@ -105,99 +105,104 @@ class _Compiled(torch.autograd.Function):
         scale: float,
         learns: bool,
     ) -> torch.Tensor:
-        tensors = (queries, keys, values)
-        out, weights = attended(tensors, around, scale, learns=learns, dtype=queries.dtype)
-        ctx.save_for_backward(*tensors, weights)
-        ctx.around, ctx.scale = around, scale
+        tensors = [x.contiguous() for x in (queries, keys, values)]
+        heads, size = queries.shape[1:]
+        how: dict[str, Any] = {
+            "heads": heads,
+            "groups": heads // keys.shape[1],
+            "scale": scale,
+        }
+        out = queries.new_empty(len(queries), heads * size)
+        weights = attended(_rows(tensors), around, out, learns=learns, **how)
+        ctx.save_for_backward(*tensors)
+        ctx.around, ctx.weights, ctx.how = around, weights, how
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *tensors, weights = ctx.saved_tensors
-        found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
-        wanted = ctx.needs_input_grad[:3]
-        attended_back(grads[0], tensors, weights, ctx.around, ctx.scale, found, wanted)
+        found, wanted = [torch.empty_like(x) for x in ctx.saved_tensors], ctx.needs_input_grad[:3]
+        attended_back(
+            grads[0].contiguous(),
+            _rows(ctx.saved_tensors),
+            ctx.weights,
+            ctx.around,
+            _rows(found),
+            wanted,
+            **ctx.how,
+        )
         dq, dk, dv = (x if wants else None for x, wants in zip(found, wanted, strict=True))
         return dq, dk, dv, None, None, None
 
 
-def attended(
-    tensors: Sequence[torch.Tensor],
-    around: Around,
-    scale: float,
-    *,
-    learns: bool,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what queries, keys and values make (:meth:`Around.attend`), as ``dtype``, and the weights.
+Rows = tuple[Any, int]
+"""Memory of [row, head x size] as kernels take it, and how far apart in it rows are."""
 
-    The latter are complete if it ``learns``.
+
+def _rows(tensors: Sequence[torch.Tensor]) -> list[Rows]:
+    return [(kernels.flat(x), x.shape[1] * x.shape[2]) for x in tensors]
+
+
+def attended(
+    parts: Sequence[Rows],
+    around: Around,
+    out: torch.Tensor,
+    *,
+    heads: int,
+    groups: int,
+    scale: float,
+    learns: bool,
+) -> Any:
+    """Write what queries, keys and values make (:meth:`Around.attend`) to ``out``; return the weights.
+
+    They are complete if it ``learns``. ``groups``: heads of queries that share one of keys and values.
     """
-    queries, keys, _ = tensors
-    lengths, (_, heads, size) = around.packed.lengths.numpy(), queries.shape
+    lengths, width = around.packed.lengths.numpy(), around.packed.width
     squares = lengths * kernels.whole(lengths)
-    weights = queries.new_empty(heads * int(squares.sum()) if learns else int(squares.max()))
-    out = _rest_zero(queries.new_empty(len(queries), heads * size, dtype=dtype), around.packed)
-    window = around.window or Window(width=around.packed.width, sinks=0)
+    most = heads * int(squares.sum()) if learns else int(squares.max())
+    weights = kernels.room(torch.float32, most)
+    window = around.window or Window(width=width, sinks=0)
     kernels.attend(
-        *itertools.chain.from_iterable(map(_rows, tensors)),
+        *itertools.chain.from_iterable(parts),
         lengths,
         heads,
-        heads // keys.shape[1],
-        size,
+        groups,
+        out.shape[1] // heads,
         np.float32(scale),
         around.causal,
         window.width,
         window.sinks,
         kernels.flat(out),
-        kernels.flat(weights),
+        weights,
         learns,
     )
-    return out, weights
+    return weights
 
 
 def attended_back(
     grad: torch.Tensor,
-    tensors: Sequence[torch.Tensor],
-    weights: torch.Tensor,
+    parts: Sequence[Rows],
+    weights: Any,
     around: Around,
-    scale: float,
-    found: Sequence[torch.Tensor],
+    found: Sequence[Rows],
     wanted: Sequence[bool],
+    *,
+    heads: int,
+    groups: int,
+    scale: float,
 ) -> None:
     """Write the gradients of queries, keys and values to ``found``, where wanted."""
-    queries, keys, _ = tensors
-    heads, size = queries.shape[1:]
-    for x, wants in zip(found, wanted, strict=True):
-        if wants:
-            _rest_zero(x, around.packed)
     kernels.attend_back(
-        kernels.flat(grad.contiguous()),
-        *itertools.chain.from_iterable(map(_rows, tensors)),
+        kernels.flat(grad),
+        *itertools.chain.from_iterable(parts),
         around.packed.lengths.numpy(),
         heads,
-        heads // keys.shape[1],
-        size,
+        groups,
+        grad.shape[1] // heads,
         np.float32(scale),
-        kernels.flat(weights),
-        *itertools.chain.from_iterable(map(_rows, found)),
+        weights,
+        *itertools.chain.from_iterable(found),
         (wanted[0], wanted[1], wanted[2]),
     )
-
-
-def _rows(x: torch.Tensor) -> tuple[Any, int]:
-    """Return the memory of [row, ...], and how far apart in it rows are."""
-    if not x[0].is_contiguous():
-        x = x.contiguous()
-    size = (len(x) - 1) * x.stride(0) + x[0].numel()
-    return kernels.flat(x.detach().as_strided((size,), (1,))), x.stride(0)
-
-
-def _rest_zero(x: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """Return ``x``, [row, ...], with zeros where rows fill up below the tokens."""
-    if len(x) > len(packed.places):
-        x[len(packed.places) :] = 0
-    return x
 
 
 class _Padded(torch.autograd.Function):

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from pwff_opt.federated import kernels
-from pwff_opt.federated.attention import Around, attended, attended_back
+from pwff_opt.federated.attention import Around, Rows, attended, attended_back
 from pwff_opt.federated.lanes import LANES
 from pwff_opt.federated.low_rank import LowRank
 from pwff_opt.federated.products import Frozen, filled
 
-Kept = tuple[torch.Tensor, torch.Tensor]
-Placed = tuple[int, LowRank]
-"""A low-rank update, and the column where what it is added to begins."""
+Kept = tuple[Any, Any]
+"""What AddNorm needs to go backwards, as kernels take it: [row, hidden] and [row]."""
 
 
 class AddNorm:
@@ -40,14 +39,18 @@ class AddNorm:
         """Return the norm of x + residual, [row, hidden]; in the type of ``x``; for ``backward``."""
         out = torch.empty_like(residual)
         low = out if x.dtype == out.dtype else torch.empty_like(x)
-        centred, deviations = torch.empty_like(out[: len(out) * learns]), out.new_empty(len(out))
+        centred = kernels.room(out.dtype, len(out) * learns, out.shape[1])
+        deviations = kernels.room(out.dtype, len(out))
         kernels.add_norm(
             kernels.flat(x),
             kernels.flat(residual),
             self._weight,
             self._bias,
             self._epsilon,
-            *map(kernels.flat, (out, low[: len(low) * (low is not out)], centred, deviations)),
+            kernels.flat(out),
+            _other(low, out),
+            centred,
+            deviations,
         )
         return out, low, (centred, deviations)
 
@@ -58,11 +61,19 @@ class AddNorm:
         out = torch.empty_like(grad)
         low = out if dtype == out.dtype else torch.empty_like(grad, dtype=dtype)
         kernels.add_norm_back(
-            *map(kernels.flat, (grad, grad[:0] if more is None else more, *kept)),
+            kernels.flat(grad),
+            kernels.room(grad.dtype, 0) if more is None else kernels.flat(more),
+            *kept,
             self._weight,
-            *map(kernels.flat, (out, low[: len(low) * (low is not out)])),
+            kernels.flat(out),
+            _other(low, out),
         )
         return out, low
+
+
+def _other(low: torch.Tensor, out: torch.Tensor) -> Any:
+    """Return the memory of ``low``; nothing where it is ``out`` itself."""
+    return kernels.room(out.dtype, 0) if low is out else kernels.flat(low)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -112,12 +123,12 @@ class Encoder:
         layer = self if project is None else replace(self, project=project)
         width = x.shape[1]
         placed = [
-            (place * width, update)
+            _Update(place * width, own)
             for place, passes in enumerate(updates)
-            for updates_of_pass in passes
-            for update in updates_of_pass
+            for one_pass in passes
+            for own in one_pass
         ]
-        factors = [factor for _, update in placed for factor in (update.a, update.b)]
+        factors = [factor for update in placed for factor in (update.own.a, update.own.b)]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))
         encoded: torch.Tensor = _Encoding.apply(  # type: ignore[no-untyped-call]
             x, projected, layer, placed, around, learns, *factors
@@ -137,104 +148,108 @@ class _Encoding(torch.autograd.Function):
         x: torch.Tensor,
         projected: torch.Tensor | None,
         layer: Encoder,
-        placed: Sequence[Placed],
+        updates: Sequence[_Update],
         around: Around,
         learns: bool,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         if projected is None:
-            projected = layer.project.forward(x.to(layer.project.weight.dtype))
-            wide = projected.float()
+            wide = layer.project.forward(x.to(layer.project.weight.dtype)).float()
         else:  # left as it is
-            wide = filled(projected).to(torch.float32, copy=bool(placed))
-        inners = _update(wide, x, placed)
-        tensors, scale = _heads(wide, layer.heads), (x.shape[1] // layer.heads) ** -0.5
-        context, weights = attended(
-            tensors, around, scale, learns=learns, dtype=layer.mix.weight.dtype
-        )
+            wide = filled(projected).to(torch.float32, copy=bool(updates))
+        for update in updates:
+            update.add(wide, x)
+        how: dict[str, Any] = {
+            "heads": layer.heads,
+            "groups": 1,
+            "scale": (x.shape[1] // layer.heads) ** -0.5,
+        }
+        context = torch.empty_like(x, dtype=layer.mix.weight.dtype)
+        weights = attended(_side_by_side(wide), around, context, learns=learns, **how)
         y, low, kept = layer.norm.forward(layer.mix.forward(context), x, learns=learns)
         inner = layer.up.forward(low)
-        slope = torch.empty_like(inner[: len(inner) * learns])
-        kernels.gelu(*map(kernels.flat, (inner, inner, slope)))
+        slope = kernels.room(inner.dtype, len(inner) * learns, inner.shape[1])
+        kernels.gelu(kernels.flat(inner), kernels.flat(inner), slope)
         out, _, last_kept = layer.last_norm.forward(layer.down.forward(inner), y, learns=learns)
         if learns:
-            ctx.save_for_backward(x, wide, weights, *kept, slope, *last_kept, *inners)
-            ctx.layer, ctx.placed, ctx.around, ctx.scale = layer, placed, around, scale
+            ctx.save_for_backward(x, wide)
+            ctx.layer, ctx.updates, ctx.around, ctx.how = layer, updates, around, how
+            ctx.weights, ctx.kept, ctx.slope, ctx.last_kept = weights, kept, slope, last_kept
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        layer, placed = ctx.layer, ctx.placed
-        x, wide, weights, *rest = ctx.saved_tensors
-        kept, slope, last_kept, inners = (rest[0], rest[1]), rest[2], (rest[3], rest[4]), rest[5:]
-        dtype = layer.mix.weight.dtype
-        to_y, low = layer.last_norm.backward(grads[0].contiguous(), None, last_kept, dtype)
-        inner = layer.down.backward(low).mul_(slope)
-        to_x, low = layer.norm.backward(to_y, layer.up.backward(inner), kept, dtype)
-        goes_on, to_wide = ctx.needs_input_grad[0], torch.empty_like(wide)
-        columns = {column for column, _ in placed}
+        (x, wide), layer, updates = ctx.saved_tensors, ctx.layer, ctx.updates
+        dtype, goes_on = layer.mix.weight.dtype, ctx.needs_input_grad[0]
+        to_y, low = layer.last_norm.backward(grads[0].contiguous(), None, ctx.last_kept, dtype)
+        inner = layer.down.backward(low)
+        kernels.multiply(kernels.flat(inner), ctx.slope)
+        to_x, low = layer.norm.backward(to_y, layer.up.backward(inner), ctx.kept, dtype)
+        to_wide = torch.empty_like(wide)
+        columns = {update.column for update in updates}
         attended_back(
             layer.mix.backward(low),
-            _heads(wide, layer.heads),
-            weights,
+            _side_by_side(wide),
+            ctx.weights,
             ctx.around,
-            ctx.scale,
-            _heads(to_wide, layer.heads),
+            _side_by_side(to_wide),
             [goes_on or place * x.shape[1] in columns for place in range(3)],
+            **ctx.how,
         )
-        to_factors = _update_back(to_wide, x, placed, inners, to_x if goes_on else to_x[:0])
+        to_factors = [
+            grad
+            for update in updates
+            for grad in update.back(to_wide, x, to_x if goes_on else to_x[:0])
+        ]
         if goes_on:
             back = layer.project.backward(to_wide.to(layer.project.weight.dtype))
-            kernels.add(*map(kernels.flat, (to_x, back)))
+            kernels.add(kernels.flat(to_x), kernels.flat(back))
         return to_x if goes_on else None, None, None, None, None, None, *to_factors
 
 
-def _heads(wide: torch.Tensor, heads: int) -> list[torch.Tensor]:
-    """Return queries, keys and values, [row, head, size] each, of them side by side."""
-    return list(wide.view(len(wide), 3, heads, -1).unbind(1))
+def _side_by_side(wide: torch.Tensor) -> list[Rows]:
+    """Return the rows of queries, keys and values, which are side by side."""
+    memory, whole = kernels.flat(wide), wide.shape[1]
+    return [(memory[place * whole // 3 :], whole) for place in range(3)]
 
 
-def _update(wide: torch.Tensor, x: torch.Tensor, placed: Sequence[Placed]) -> list[torch.Tensor]:
-    """Add the updates for ``x``, [row, hidden], to ``wide``; return A x of each, [row, rank], filled."""
-    inners = []
-    for column, own in placed:
-        inner = x.new_empty(own.stop - own.start, kernels.whole(len(own.a)))
+class _Update:
+    """A low-rank update of the columns from ``column`` on."""
+
+    def __init__(self, column: int, own: LowRank) -> None:
+        self.column, self.own = column, own
+        self._a, self._b = kernels.flat(own.a.detach()), kernels.flat(own.b.detach())
+        # A x, for the way back
+        self._inner = kernels.room(own.a.dtype, own.stop - own.start, kernels.whole(len(own.a)))
+        self._where = (np.float32(own.scale), len(own.a), own.start, own.stop)
+
+    def add(self, wide: torch.Tensor, x: torch.Tensor) -> None:
+        """Add what it makes of ``x``, [row, hidden], to ``wide``."""
         kernels.low_rank(
-            *map(kernels.flat, (x, own.a, own.b)),
-            np.float32(own.scale),
-            len(own.a),
-            own.start,
-            own.stop,
+            kernels.flat(x),
+            self._a,
+            self._b,
+            *self._where,
             kernels.flat(wide),
             wide.shape[1],
-            column,
-            kernels.flat(inner),
+            self.column,
+            self._inner,
         )
-        inners.append(inner)
-    return inners
 
-
-def _update_back(
-    to_wide: torch.Tensor,
-    x: torch.Tensor,
-    placed: Sequence[Placed],
-    inners: Sequence[torch.Tensor],
-    to_x: torch.Tensor,
-) -> list[torch.Tensor]:
-    """Return the gradients of all factors, and add that of ``x`` to ``to_x``, unless it is empty."""
-    found = []
-    for (column, own), inner in zip(placed, inners, strict=True):
-        to_a, to_b = torch.empty_like(own.a), torch.empty_like(own.b)
+    def back(
+        self, to_wide: torch.Tensor, x: torch.Tensor, to_x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of A and B; add that of ``x`` to ``to_x``, unless it is empty."""
+        to_a, to_b = torch.empty_like(self.own.a), torch.empty_like(self.own.b)
         kernels.low_rank_back(
             kernels.flat(to_wide),
             to_wide.shape[1],
-            column,
-            *map(kernels.flat, (x, inner, own.a, own.b)),
-            np.float32(own.scale),
-            len(own.a),
-            own.start,
-            own.stop,
+            self.column,
+            kernels.flat(x),
+            self._inner,
+            self._a,
+            self._b,
+            *self._where,
             *map(kernels.flat, (to_a, to_b, to_x)),
         )
-        found += [to_a, to_b]
-    return found
+        return to_a, to_b

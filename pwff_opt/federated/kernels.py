@@ -40,8 +40,16 @@ AVAILABLE = COMPILED
 
 def flat(x: torch.Tensor) -> Any:
     """Return the memory of a contiguous tensor, as kernels take it; nothing is learned through it."""
-    x = x.view(-1)
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    # By numpy as far as it goes: torch lets go of Python's lock in every call, and threads that take it
+    # from each other between calls as small as these wait longer than they work.
+    array = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    assert array.flags.c_contiguous
+    return array.reshape(-1)
+
+
+def room(dtype: torch.dtype, *size: int) -> Any:
+    """Return new memory for kernels' own use, [n]."""
+    return np.empty(math.prod(size), np.uint16 if dtype == torch.bfloat16 else np.float32)
 
 
 # --- formulas ------------------------------------------------------------------------------------
@@ -269,6 +277,13 @@ def add_norm_back(grad, more, centred, deviations, weight, out, low):
 
 
 @entry
+def multiply(x, y):
+    """Multiply x by y, as many numbers as are a multiple of sixteen."""
+    for at in range(0, len(x), LANES):
+        store(x, at, load(x, at) * load(y, at))
+
+
+@entry
 def add(x, y):
     """Add y to x, as many numbers as are a multiple of sixteen."""
     for at in range(0, len(x), LANES):
@@ -354,7 +369,7 @@ def attend(
     lengths : of the sequences.
     groups : heads of queries that share one of keys.
     width, sinks : as in ``attention.Window``.
-    out : [row, heads x size].
+    out : [row, heads x size]; zeros in rows beyond the sequences.
     weights : the softmax: [query, key], its rows filled up to a multiple of sixteen; with ``keep`` of
         every sequence and head, end to end, for :func:`attend_back`, else of one after the other.
     """
@@ -396,6 +411,7 @@ def attend(
             if keep:
                 at += length * keys_held
         row += length
+    out[row * heads * size :] = _ZERO
 
 
 @entry
@@ -405,7 +421,7 @@ def attend_back(
 ):  # fmt: skip
     """Write the gradients of :func:`attend` for its inputs, given that of ``out``.
 
-    to_queries, to_keys, to_values : like queries, keys and values.
+    to_queries, to_keys, to_values : like queries, keys and values; zeros in rows beyond the sequences.
     wanted : [3], which of them.
     """
     wants_queries, wants_keys, wants_values = wanted
@@ -453,3 +469,10 @@ def attend_back(
                 )  # fmt: skip
             at += length * keys_held
         row += length
+    for rest in range(row, len(grad) // wide):
+        if wants_queries:
+            to_queries[rest * dq_row : rest * dq_row + wide] = _ZERO
+        if wants_keys:
+            to_keys[rest * dk_row : rest * dk_row + wide // groups] = _ZERO
+        if wants_values:
+            to_values[rest * dv_row : rest * dv_row + wide // groups] = _ZERO
