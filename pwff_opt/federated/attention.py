@@ -114,17 +114,18 @@ class _Compiled(torch.autograd.Function):
         }
         out = queries.new_empty(len(queries), heads * size)
         weights = attended(_rows(tensors), around, out, learns=learns, **how)
-        ctx.save_for_backward(*tensors)
-        ctx.around, ctx.weights, ctx.how = around, weights, how
+        ctx.save_for_backward(*tensors, torch.from_numpy(weights))
+        ctx.around, ctx.how = around, how
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        found, wanted = [torch.empty_like(x) for x in ctx.saved_tensors], ctx.needs_input_grad[:3]
+        *tensors, weights = ctx.saved_tensors
+        found, wanted = [torch.empty_like(x) for x in tensors], ctx.needs_input_grad[:3]
         attended_back(
             grads[0].contiguous(),
-            _rows(ctx.saved_tensors),
-            ctx.weights,
+            _rows(tensors),
+            weights.numpy(),
             ctx.around,
             _rows(found),
             wanted,
@@ -139,7 +140,7 @@ Rows = tuple[Any, int]
 
 
 def _rows(tensors: Sequence[torch.Tensor]) -> list[Rows]:
-    return [(kernels.flat(x), x.shape[1] * x.shape[2]) for x in tensors]
+    return [(kernels.flat(x.detach()), x.shape[1] * x.shape[2]) for x in tensors]
 
 
 def attended(

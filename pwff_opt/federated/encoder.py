@@ -157,8 +157,7 @@ class _Encoding(torch.autograd.Function):
             wide = layer.project.forward(x.to(layer.project.weight.dtype)).float()
         else:  # left as it is
             wide = filled(projected).to(torch.float32, copy=bool(updates))
-        for update in updates:
-            update.add(wide, x)
+        inners = [update.add(wide, x) for update in updates]
         how: dict[str, Any] = {
             "heads": layer.heads,
             "groups": 1,
@@ -172,35 +171,42 @@ class _Encoding(torch.autograd.Function):
         kernels.gelu(kernels.flat(inner), kernels.flat(inner), slope)
         out, _, last_kept = layer.last_norm.forward(layer.down.forward(inner), y, learns=learns)
         if learns:
-            ctx.save_for_backward(x, wide)
+            memory = (weights, *kept, slope, *last_kept, *inners)
+            ctx.save_for_backward(x, wide, *factors, *map(torch.from_numpy, memory))
             ctx.layer, ctx.updates, ctx.around, ctx.how = layer, updates, around, how
-            ctx.weights, ctx.kept, ctx.slope, ctx.last_kept = weights, kept, slope, last_kept
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x, wide), layer, updates = ctx.saved_tensors, ctx.layer, ctx.updates
+        layer, updates, (x, wide, *saved) = ctx.layer, ctx.updates, ctx.saved_tensors
+        factors, memory = saved[: 2 * len(updates)], saved[2 * len(updates) :]
+        weights, centred, deviations, slope, last_centred, last_deviations, *inners = (
+            part.numpy() for part in memory
+        )
         dtype, goes_on = layer.mix.weight.dtype, ctx.needs_input_grad[0]
-        to_y, low = layer.last_norm.backward(grads[0].contiguous(), None, ctx.last_kept, dtype)
+        to_y, low = layer.last_norm.backward(
+            grads[0].contiguous(), None, (last_centred, last_deviations), dtype
+        )
         inner = layer.down.backward(low)
-        kernels.multiply(kernels.flat(inner), ctx.slope)
-        to_x, low = layer.norm.backward(to_y, layer.up.backward(inner), ctx.kept, dtype)
+        kernels.multiply(kernels.flat(inner), slope)
+        to_x, low = layer.norm.backward(
+            to_y, layer.up.backward(inner), (centred, deviations), dtype
+        )
         to_wide = torch.empty_like(wide)
         columns = {update.column for update in updates}
         attended_back(
             layer.mix.backward(low),
             _side_by_side(wide),
-            ctx.weights,
+            weights,
             ctx.around,
             _side_by_side(to_wide),
             [goes_on or place * x.shape[1] in columns for place in range(3)],
             **ctx.how,
         )
-        to_factors = [
-            grad
-            for update in updates
-            for grad in update.back(to_wide, x, to_x if goes_on else to_x[:0])
-        ]
+        to_factors = []
+        for update, inner, a, b in zip(updates, inners, factors[::2], factors[1::2], strict=True):
+            into = to_x if goes_on else to_x[:0]
+            to_factors += update.back(to_wide, x, inner, a, b, into)
         if goes_on:
             back = layer.project.backward(to_wide.to(layer.project.weight.dtype))
             kernels.add(kernels.flat(to_x), kernels.flat(back))
@@ -218,37 +224,40 @@ class _Update:
 
     def __init__(self, column: int, own: LowRank) -> None:
         self.column, self.own = column, own
-        self._a, self._b = kernels.flat(own.a.detach()), kernels.flat(own.b.detach())
-        # A x, for the way back
-        self._inner = kernels.room(own.a.dtype, own.stop - own.start, kernels.whole(len(own.a)))
         self._where = (np.float32(own.scale), len(own.a), own.start, own.stop)
 
-    def add(self, wide: torch.Tensor, x: torch.Tensor) -> None:
-        """Add what it makes of ``x``, [row, hidden], to ``wide``."""
+    def add(self, wide: torch.Tensor, x: torch.Tensor) -> Any:
+        """Add what it makes of ``x``, [row, hidden], to ``wide``; return A x, for the way back."""
+        own = self.own
+        inner = kernels.room(own.a.dtype, own.stop - own.start, kernels.whole(len(own.a)))
         kernels.low_rank(
-            kernels.flat(x),
-            self._a,
-            self._b,
+            *map(kernels.flat, (x, own.a.detach(), own.b.detach())),
             *self._where,
             kernels.flat(wide),
             wide.shape[1],
             self.column,
-            self._inner,
+            inner,
         )
+        return inner
 
     def back(
-        self, to_wide: torch.Tensor, x: torch.Tensor, to_x: torch.Tensor
+        self,
+        to_wide: torch.Tensor,
+        x: torch.Tensor,
+        inner: Any,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        to_x: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradients of A and B; add that of ``x`` to ``to_x``, unless it is empty."""
-        to_a, to_b = torch.empty_like(self.own.a), torch.empty_like(self.own.b)
+        to_a, to_b = torch.empty_like(a), torch.empty_like(b)
         kernels.low_rank_back(
             kernels.flat(to_wide),
             to_wide.shape[1],
             self.column,
             kernels.flat(x),
-            self._inner,
-            self._a,
-            self._b,
+            inner,
+            *map(kernels.flat, (a.detach(), b.detach())),
             *self._where,
             *map(kernels.flat, (to_a, to_b, to_x)),
         )

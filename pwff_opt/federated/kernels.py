@@ -43,7 +43,10 @@ def flat(x: torch.Tensor) -> Any:
     # By numpy as far as it goes: torch lets go of Python's lock in every call, and threads that take it
     # from each other between calls as small as these wait longer than they work.
     array = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
-    assert array.flags.c_contiguous
+    if (
+        not array.flags.c_contiguous
+    ):  # reshaped it would be a copy, and what is written there be lost
+        raise ValueError(f"a kernel's tensor must be contiguous, got strides {x.stride()}")
     return array.reshape(-1)
 
 
@@ -57,7 +60,7 @@ def room(dtype: torch.dtype, *size: int) -> Any:
 
 _ONE, _ZERO = np.float32(1), np.float32(0)
 _NEVER = np.float32(-np.inf)
-_LOWEST = np.float32(-87.0)  # e^x is subnormal below
+_LOWEST = np.float32(-87.0)  # a little below, e^x is subnormal
 _LOG2_E = np.float32(1 / math.log(2))
 _SHIFT = np.float32(1.5 * 2**23)  # added and taken off again it rounds to an integer
 # ln 2 in two parts: n times the first is exact, so that r = x - n ln 2 loses nothing
@@ -166,7 +169,7 @@ def _turn(x, at, stride, rows, columns, out, out_row):
 
 
 # Phi(-z) = e^(-z^2 / 2) t P(t) for z >= 0, t = 1 / (1 + STRETCH z): fitted to scipy's erfcx by
-# weighted least squares, relative error 7e-8.
+# weighted least squares, relative error 7e-8 but for rounding.
 _STRETCH = np.float32(0.36)
 _P = tuple(
     np.float32(number)
@@ -187,7 +190,10 @@ _HALF, _DENSITY = np.float32(-0.5), np.float32(1 / math.sqrt(2 * math.pi))
 
 @kernel
 def _normal(x):
-    """The normal distribution function Phi(x), and its density."""
+    """The normal distribution function Phi(x), and its density; relative errors 1e-6 above -6.
+
+    Below, that of x^2 is seen in e^(-x^2 / 2): 4e-6 at -12.
+    """
     bell = _exp(x * x * _HALF)
     t = _ONE / (larger(x, x * -_ONE) * _STRETCH + _ONE)
     p = _P[8] * t + _P[7]

@@ -68,7 +68,7 @@ class Packed:
     """A batch: the sequences of one or more devices end to end, without padding.
 
     Products with weights, norms and activations work on tokens, [token, ...], and waste nothing on
-    padding; only attention, a few percent of the arithmetic at these lengths, is padded to ``width``.
+    padding; only attention, where it is not compiled, is padded to ``width``.
     """
 
     ids: torch.Tensor

@@ -219,6 +219,11 @@ def plain_rounds(
         yield state
 
 
+def block_of(name: str) -> str:
+    kind, layer = name.replace("delta.", "lora.").split(".")[:2]
+    return kind if kind == "head" else f"{kind}.{layer}"
+
+
 def distances(a: Tensors, b: Tensors) -> dict[str, float]:
     """Return the relative error of every block (an adapter, a layer's LoRA, the head) in the Euclidean norm.
 
@@ -227,9 +232,7 @@ def distances(a: Tensors, b: Tensors) -> dict[str, float]:
     assert a.keys() == b.keys()
     blocks: dict[str, list[str]] = {}
     for name in a:
-        kind, layer = name.replace("delta.", "lora.").split(".")[:2]
-        block = kind if kind == "head" else f"{kind}.{layer}"
-        blocks.setdefault(block, []).append(name)
+        blocks.setdefault(block_of(name), []).append(name)
     errors = {}
     for block, names in blocks.items():
         ours, theirs = (torch.cat([x[name].flatten() for name in names]) for x in (a, b))
@@ -238,27 +241,34 @@ def distances(a: Tensors, b: Tensors) -> dict[str, float]:
 
 
 def assert_agree(ours: State, plain: State, turned: State, exact: State, *, to: State) -> None:
-    """Assert that every device's blocks are ``to``'s to 1e-5, where float32 determines them.
+    """Assert that every device's blocks are ``to``'s as far as float32 determines them.
 
-    AdamW divides a gradient by its own size, so a number whose gradient is all rounding goes either way.
-    Such numbers are found by plain training alone: those where training in float32, with the examples of a
-    batch in order (``plain``) or ``turned``, is further from that in float64 (``exact``) than 1e-6 of the
-    tensor's norm.  They are few, and of them no more is asked than that the block is right to 1e-3.
+    AdamW divides a gradient by its own size, so numbers whose gradient is all rounding go either way.  How
+    far is told by plain training alone: in float32 with the examples of a batch in order (``plain``) and
+    ``turned``, against float64 (``exact``).  The bound is 1e-5, or what two trainings as far from float64 as
+    these may be apart: the sum of both distances; from float64 itself, the larger one.  A block beyond may owe it to single numbers, at most a twentieth, in which plain training is further from
+    float64 than 1e-6 of the tensor's norm: then the others must keep to 1e-5, and all to 5e-5.
     """
     for device, own in enumerate(ours.devices):
         truth, goal = exact.devices[device], to.devices[device]
+        others = [state.devices[device] for state in (plain, turned)]
+        rounding = [distances(other, truth) for other in others]
         unsure = {
-            name: torch.stack([(x.devices[device][name] - tensor).abs() for x in (plain, turned)])
+            name: torch.stack([(other[name] - tensor).abs() for other in others])
             .gt(1e-6 * tensor.norm())
             .any(0)
             for name, tensor in truth.items()
         }
-        sizes = sum(mask.numel() for mask in unsure.values())
-        assert sum(int(mask.sum()) for mask in unsure.values()) <= 0.1 * sizes, device
         sure = {name: torch.where(unsure[name], goal[name], tensor) for name, tensor in own.items()}
-        errors = distances(sure, goal)
-        assert max(errors.values(), default=0.0) <= 1e-5, (device, errors)
-        assert max(distances(own, goal).values(), default=0.0) <= 1e-3, device
+        rest = distances(sure, goal)
+        for block, error in distances(own, goal).items():
+            known = [distance[block] for distance in rounding]
+            if error <= max(1e-5, max(known) if to is exact else sum(known)):
+                continue
+            assert error <= 5e-5, (device, block, error)
+            assert rest[block] <= 1e-5, (device, block, error, rest[block])
+            excused = torch.cat([m.flatten() for n, m in unsure.items() if block_of(n) == block])
+            assert excused.sum() <= max(1, excused.numel() / 20), (device, block, error)
 
 
 def assert_equals_plain(

@@ -40,6 +40,7 @@ from pwff_opt.federated.rewards import Pairs, Reader, RewardModel
 from pwff_opt.federated.stages import alignment as aligning
 from pwff_opt.federated.stages.alignment import Aligned
 from pwff_opt.federated.tokens import Tokens
+from pwff_opt.federated.workers import one_thread_each
 from pwff_opt.participation import participants
 from pwff_opt.scenario import Scenario
 
@@ -249,15 +250,16 @@ def test_sampled_answers_are_learned_from_as_torch_alone_would(
         learning = [tensor for tensor in own.values() if tensor.requires_grad]
         assert 0 < len(learning) == (len(own) if number == 0 else len(own) // 3)
         optimiser = torch.optim.AdamW(learning, lr=0.01, weight_decay=0.01)
-        for step, batch in enumerate(trainer.batches(number, device)):
-            lesson, ready = stage.lesson([batch], passes, seed=seed, round=number, step=step)
-            for _ in range(2):
-                help_loss, safe_loss = (
-                    loss.each.sum() / 2 for loss in lesson.losses(ready, passes)
-                )
-                optimiser.zero_grad()
-                (helpfulness * help_loss + (1 - helpfulness) * safe_loss).backward()
-                optimiser.step()
+        with one_thread_each():  # as the trainer: a product split over two threads rounds otherwise
+            for step, batch in enumerate(trainer.batches(number, device)):
+                lesson, ready = stage.lesson([batch], passes, seed=seed, round=number, step=step)
+                for _ in range(2):
+                    help_loss, safe_loss = (
+                        loss.each.sum() / 2 for loss in lesson.losses(ready, passes)
+                    )
+                    optimiser.zero_grad()
+                    (helpfulness * help_loss + (1 - helpfulness) * safe_loss).backward()
+                    optimiser.step()
         learned = {name: tensor.detach() for name, tensor in own.items()}
         assert max(distances(ours.devices[device], learned).values()) <= 1e-4
 

@@ -37,7 +37,7 @@ def test_gelu_and_its_derivative() -> None:
     expected.sum().backward()
     assert exact.grad is not None
     # What float32 has of numbers of this size, and of their tails.
-    torch.testing.assert_close(out.double(), expected.detach(), rtol=4e-7, atol=1e-9)
+    torch.testing.assert_close(out.double(), expected.detach(), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(slope.double(), exact.grad, rtol=4e-7, atol=2e-7)
     near = x.abs() < 6
     torch.testing.assert_close(
@@ -66,11 +66,7 @@ def test_bfloat16_is_rounded_as_torch_does() -> None:
     bits = torch.arange(0, 2**32, 65521, dtype=torch.int64)
     x = bits.to(torch.int32).view(torch.float32)
     x = torch.cat([x, x.bfloat16().float(), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, torch.nan])])
-    x = (
-        x[: len(x) // 16 * 16].contiguous()
-        if len(x) % 16 == 0
-        else torch.cat([x, x.new_zeros(-len(x) % 16)])
-    )
+    x = torch.cat([x, x.new_zeros(-len(x) % 16)])
     kept = torch.zeros_like(x, dtype=torch.bfloat16)
     kernels.add(kernels.flat(kept), kernels.flat(x))
     expected = (x + 0.0).bfloat16()
@@ -180,7 +176,7 @@ def test_a_layer_is_that_of_torch(
         assert (got - expected).norm() <= bound * expected.norm()
 
 
-def test_in_bfloat16_a_layer_is_no_further_from_float64_than_torch_is() -> None:
+def test_in_bfloat16_a_layer_is_no_further_from_float32_than_torch_is() -> None:
     around = Around(packing(16, 16), causal=False)
     x, given = torch.randn(32, 64), updates(32, 4)
     towards = torch.randn(32, 64)
@@ -190,7 +186,9 @@ def test_in_bfloat16_a_layer_is_no_further_from_float64_than_torch_is() -> None:
         out = own.run(entered, around, given)
         return [out, *torch.autograd.grad(out, [entered, *factors(given)], towards)]
 
-    exact = passed(layer(torch.float32))
+    plain = layer(torch.float32)
+    plain._compiled = None
+    exact = passed(plain)
     ours = layer(torch.bfloat16)
     got = passed(ours)
     ours._compiled = None
@@ -233,3 +231,17 @@ def test_what_is_not_compiled_is_left_to_torch(change: dict[str, Any]) -> None:
     given = updates(16, 2)
     own.run(torch.randn(16, 64), Around(packing(16), causal=False), given).sum().backward()
     assert all(factor.grad is not None for factor in factors(given))
+
+
+def test_what_is_changed_before_going_backwards_is_refused() -> None:
+    own, given = layer(torch.float32), updates(16, 2)
+    out = own.run(torch.randn(16, 64), Around(packing(16), causal=False), given)
+    with torch.no_grad():
+        given["query"][0][0].b.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_kernel_refuses_memory_with_gaps() -> None:
+    with pytest.raises(ValueError, match="must be contiguous"):
+        kernels.flat(torch.zeros(4, 32)[:, ::2])

@@ -230,6 +230,22 @@ def test_equals_plain_peft_one_device_after_another(
         assert_agree(ours, plain, turned, exact, to=plain)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, 1.0002])
+def test_agreement_notices_one_wrong_block(wrong: float) -> None:
+    def state(factor: float = 1.0) -> State:
+        generator = torch.Generator().manual_seed(1)
+        names = ("adapter.0.up.weight", "lora.0.query.A", "lora.1.query.A")
+        blocks = {name: torch.randn(8, 8, generator=generator) for name in names}
+        blocks["lora.1.query.A"] = blocks["lora.1.query.A"] * factor
+        return replace(empty, devices=(blocks,))
+
+    empty = State(devices=(), moments={}, residuals=())
+    good = state()
+    assert_agree(state(), good, good, good, to=good)
+    with pytest.raises(AssertionError, match=r"lora\.1"):
+        assert_agree(state(wrong), good, good, good, to=good)
+
+
 def test_default_exchange_averages_adapters_and_shared_heads_and_nothing_else(
     small: Scenario, tmp_path: Path
 ) -> None:
