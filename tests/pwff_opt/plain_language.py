@@ -245,9 +245,10 @@ def assert_agree(ours: State, plain: State, turned: State, exact: State, *, to: 
 
     AdamW divides a gradient by its own size, so numbers whose gradient is all rounding go either way.  How
     far is told by plain training alone: in float32 with the examples of a batch in order (``plain``) and
-    ``turned``, against float64 (``exact``).  The bound is 1e-5, or what two trainings as far from float64 as
-    these may be apart: the sum of both distances; from float64 itself, the larger one.  A block beyond may owe it to single numbers, at most a twentieth, in which plain training is further from
-    float64 than 1e-6 of the tensor's norm: then the others must keep to 1e-5, and all to 5e-5.
+    ``turned``, against float64 (``exact``).  The bound is 1e-5, or what two trainings as far from float64
+    as these may be apart: the sum of both distances; from float64 itself, the larger one.  A block beyond
+    may owe it to single numbers, at most a twentieth, in which plain training is further from float64 than
+    1e-6 of the tensor's norm: then the others must keep to 1e-5, and all to 5e-5.
     """
     for device, own in enumerate(ours.devices):
         truth, goal = exact.devices[device], to.devices[device]
