@@ -131,7 +131,7 @@ class Encoder:
         factors = [factor for update in placed for factor in (update.own.a, update.own.b)]
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))
         encoded: torch.Tensor = _Encoding.apply(  # type: ignore[no-untyped-call]
-            x, projected, layer, placed, around, learns, *factors
+            x.contiguous(), projected, layer, placed, around, learns, *factors
         )
         return encoded
 
@@ -231,7 +231,8 @@ class _Update:
         own = self.own
         inner = kernels.room(own.a.dtype, own.stop - own.start, kernels.whole(len(own.a)))
         kernels.low_rank(
-            *map(kernels.flat, (x, own.a.detach(), own.b.detach())),
+            kernels.flat(x),
+            *_memory(own.a, own.b),
             *self._where,
             kernels.flat(wide),
             wide.shape[1],
@@ -250,15 +251,20 @@ class _Update:
         to_x: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradients of A and B; add that of ``x`` to ``to_x``, unless it is empty."""
-        to_a, to_b = torch.empty_like(a), torch.empty_like(b)
+        to_a, to_b = a.new_empty(a.shape), b.new_empty(b.shape)
         kernels.low_rank_back(
             kernels.flat(to_wide),
             to_wide.shape[1],
             self.column,
             kernels.flat(x),
             inner,
-            *map(kernels.flat, (a.detach(), b.detach())),
+            *_memory(a, b),
             *self._where,
             *map(kernels.flat, (to_a, to_b, to_x)),
         )
         return to_a, to_b
+
+
+def _memory(*factors: torch.Tensor) -> list[Any]:
+    """Return the memory of factors; some rules leave them transposed."""
+    return [kernels.flat(factor.detach().contiguous()) for factor in factors]

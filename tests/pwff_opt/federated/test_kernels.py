@@ -200,6 +200,22 @@ def test_in_bfloat16_a_layer_is_no_further_from_float32_than_torch_is() -> None:
     assert np.mean(errors[0]) <= 1.1 * np.mean(errors[1])
 
 
+def test_inputs_may_lie_as_they_like() -> None:
+    own, around = layer(torch.float32), Around(packing(16), causal=False)
+    x, towards = torch.randn(16, 64), torch.randn(16, 64)
+    results = []
+    for lie in (torch.Tensor.contiguous, lambda t: t.t().contiguous().t()):
+        a, b = torch.linspace(-1, 1, 256).view(4, 64), torch.linspace(0, 1, 256).view(64, 4)
+        leaves = [lie(t).requires_grad_(True) for t in (a, b)]
+        update = LowRank(start=0, stop=16, scale=0.1, a=leaves[0], b=leaves[1])
+        given = {"value": [[update]]}
+        entered = lie(x).requires_grad_(True)
+        out = own.run(entered, around, given)
+        results.append([out, *torch.autograd.grad(out, [entered, *leaves], lie(towards))])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_device_that_diverged_stays_alone() -> None:
     own = layer(torch.float32)
     around = Around(packing(8, 8), causal=False)
