@@ -1,6 +1,6 @@
 """Compile the trainer's kernels now and keep them: ``python -m pwff_opt.federated``.
 
-Otherwise the first training does it, which takes ten seconds once, twice that with a bfloat16 base.
+Otherwise the first training does it, which takes ten seconds, once for either type of the frozen weights.
 """
 
 from __future__ import annotations

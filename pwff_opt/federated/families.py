@@ -67,6 +67,8 @@ class _Layer:
     """A layer of torch's operations, in its two parts."""
 
     widths: Mapping[str, int]
+    _compiled: Encoder | None = None
+    """All of it in one piece, where that can be had."""
 
     def __init__(self, parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype) -> None:
         self._project = fused(parts, dtype)
@@ -96,6 +98,9 @@ class _Layer:
         project: Frozen | None = None,
         projected: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if self._compiled is not None:
+            by_place = [updates.get(name, ()) for name in self.widths]
+            return self._compiled(x, around, by_place, project=project, projected=projected)
         entered = self.enter(x)
         if projected is None:
             projected = (project or self._project)(entered)
@@ -138,20 +143,6 @@ class BertLayer(_Layer):
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         return x
-
-    def run(
-        self,
-        x: torch.Tensor,
-        around: Around,
-        updates: Updates,
-        *,
-        project: Frozen | None = None,
-        projected: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if self._compiled is None:
-            return super().run(x, around, updates, project=project, projected=projected)
-        by_place = [updates.get(name, ()) for name in self.widths]
-        return self._compiled(x, around, by_place, project=project, projected=projected)
 
     def _complete(
         self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], around: Around

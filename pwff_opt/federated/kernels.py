@@ -2,7 +2,7 @@
 
 At the size of one batch torch spends more time on moving numbers through these than on arithmetic.
 Written out in additions, multiplications and shifts of bits, on sixteen numbers at a time
-(:mod:`pwff_opt.federated.lanes`), they take a third of it.
+(:mod:`pwff_opt.federated.lanes`), they take less than half of it.
 
 Every entry runs on one thread and lets other threads run.  Arrays are flat and contiguous, of float32 or
 of bfloat16 as uint16; sums are in float32.
@@ -43,9 +43,8 @@ def flat(x: torch.Tensor) -> Any:
     # By numpy as far as it goes: torch lets go of Python's lock in every call, and threads that take it
     # from each other between calls as small as these wait longer than they work.
     array = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
-    if (
-        not array.flags.c_contiguous
-    ):  # reshaped it would be a copy, and what is written there be lost
+    if not array.flags.c_contiguous:
+        # Reshaped it would be a copy, and what is written there be lost.
         raise ValueError(f"a kernel's tensor must be contiguous, got strides {x.stride()}")
     return array.reshape(-1)
 
