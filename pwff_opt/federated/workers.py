@@ -6,7 +6,7 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import TypeVar
@@ -22,6 +22,20 @@ Result = TypeVar("Result")
 def cores() -> int:
     """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def companies(sizes: Mapping[int, float], *, most: int, cores: int) -> list[list[int]]:
+    """Return who works together: companies of up to ``most``, as even in size as may be.
+
+    There are as many as cores, or a multiple of it, so that no core waits at the end; fewer only of
+    fewer items. The largest item goes first, each to the company that has least (Graham 1969).
+    """
+    turns = -(-len(sizes) // (most * cores))
+    found: list[list[int]] = [[] for _ in range(min(len(sizes), turns * cores))]
+    for item in sorted(sizes, key=lambda item: -sizes[item]):
+        open_to = (company for company in found if len(company) < most)
+        min(open_to, key=lambda company: sum(sizes[other] for other in company)).append(item)
+    return [sorted(company) for company in found]
 
 
 _own = threading.local()
