@@ -21,9 +21,9 @@ from pwff_opt.scenario import AVERAGING, Data, Scenario
 from pwff_opt.scenario_io import resolved
 
 # Raised whenever the trainer would learn something else from the same scenario and schedule.
-TRAINER_VERSION = 7
+TRAINER_VERSION = 8
 # Raised whenever the same pairs of answers would make another reward model.
-REWARDS_VERSION = 4
+REWARDS_VERSION = 5
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel
 
 from pwff_opt.federated import kernels
 from pwff_opt.federated.attention import Around
+from pwff_opt.federated.bottleneck import Bottleneck, adapted
 from pwff_opt.federated.families import BertLayer
 from pwff_opt.federated.lanes import LANES
 from pwff_opt.federated.low_rank import LowRank
@@ -38,10 +39,11 @@ def main() -> None:
     around = Around(Packed.of(tokens, [np.array([0])]), causal=False)
     a, b = torch.zeros(1, LANES, requires_grad=True), torch.zeros(LANES, 1, requires_grad=True)
     update = LowRank(start=0, stop=8, scale=1.0, a=a, b=b)
+    adapter = Bottleneck(0, 8, a, torch.zeros(1), b, torch.zeros(LANES))
     for dtype in (torch.float32, torch.bfloat16):
         layer = BertLayer(model.encoder.layer[0], config, dtype)
         x = torch.zeros(8, LANES, requires_grad=True)
-        layer.run(x, around, {"query": [[update]]}).sum().backward()
+        adapted(layer.run(x, around, {"query": [[update]]}), [adapter]).sum().backward()
     print(f"trainer: ready after {time.perf_counter() - start:.0f} s")
 
 

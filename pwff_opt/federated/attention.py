@@ -140,7 +140,7 @@ Rows = tuple[Any, int]
 
 
 def _rows(tensors: Sequence[torch.Tensor]) -> list[Rows]:
-    return [(kernels.flat(x.detach()), x.shape[1] * x.shape[2]) for x in tensors]
+    return [(kernels.flat(x), x.shape[1] * x.shape[2]) for x in tensors]
 
 
 def attended(

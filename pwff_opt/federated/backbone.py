@@ -23,6 +23,7 @@ from pwff_opt.errors import ModelError
 from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
 from pwff_opt.federated.attention import Around, Window
 from pwff_opt.federated.blocks import Tensors
+from pwff_opt.federated.bottleneck import Bottleneck, adapted
 from pwff_opt.federated.families import HEADS, LAYERS, LORA_TARGETS, Ends, fused
 from pwff_opt.federated.low_rank import LowRank, Updates, joined
 from pwff_opt.federated.products import Frozen, filled
@@ -82,16 +83,16 @@ class Stack:
         prefix = f"adapter.{layer}."
         if f"{prefix}up.bias" not in self._names:
             return x
-        sums = []
-        for part, own in zip(self._parts(x, counts), self._blocks, strict=True):
-            if f"{prefix}up.bias" not in own:
-                sums.append(part)
-                continue
-            inner = functional.linear(part, own[f"{prefix}down.weight"], own[f"{prefix}down.bias"])
-            inner = functional.gelu(inner)
-            up = functional.linear(inner, own[f"{prefix}up.weight"], own[f"{prefix}up.bias"])
-            sums.append(part + up)
-        return joined(sums)
+        adapters, stop = [], 0
+        for own, count in zip(self._blocks, counts, strict=True):
+            start, stop = stop, stop + count
+            if f"{prefix}up.bias" in own:
+                down, up = (
+                    (own[f"{prefix}{part}.weight"], own[f"{prefix}{part}.bias"])
+                    for part in ("down", "up")
+                )
+                adapters.append(Bottleneck(start, stop, *down, *up))
+        return adapted(x, adapters)
 
     def deltas(self, layer: int) -> Tensors:
         """Return what aggregation has added to a layer's frozen weights: the same for all devices."""

@@ -29,7 +29,7 @@ class AddNorm:
 
     def __init__(self, norm: torch.nn.LayerNorm) -> None:
         self._weight, self._bias = (
-            kernels.flat(parameter.detach()) for parameter in (norm.weight, norm.bias)
+            kernels.flat(parameter) for parameter in (norm.weight, norm.bias)
         )
         self._epsilon = np.float32(norm.eps)
 
@@ -155,8 +155,10 @@ class _Encoding(torch.autograd.Function):
     ) -> torch.Tensor:
         if projected is None:
             wide = layer.project.forward(x.to(layer.project.weight.dtype)).float()
-        else:  # left as it is
-            wide = filled(projected).to(torch.float32, copy=bool(updates))
+        else:
+            wide = filled(projected).float()
+            if updates and wide is projected:  # it is left as it is
+                wide = wide.clone()
         inners = [update.add(wide, x) for update in updates]
         how: dict[str, Any] = {
             "heads": layer.heads,
@@ -267,4 +269,4 @@ class _Update:
 
 def _memory(*factors: torch.Tensor) -> list[Any]:
     """Return the memory of factors; some rules leave them transposed."""
-    return [kernels.flat(factor.detach().contiguous()) for factor in factors]
+    return [kernels.flat(factor.contiguous()) for factor in factors]

@@ -107,26 +107,33 @@ class Features:
 
         ``blocks``: those that each device has below (:func:`below`).
         """
-        hidden, projected = [], []
-        for device, batch, own, scale in zip(devices, batches, blocks, scales, strict=True):
-            moved = {name: tensor.to(self._backbone.device) for name, tensor in own.items()}
+        tokens = [int(self.tokens.lengths[batch].sum()) for batch in batches]
+        rows, width, backbone = sum(tokens), self._width(level), self._backbone
+        # Made here, also for a single one: what inference mode made serves no backward pass.
+        hidden = torch.empty(rows, backbone.hidden)
+        projected = torch.empty(rows, width, dtype=backbone.dtype) if width else None
+        stop = 0
+        for device, batch, count, own, scale in zip(
+            devices, batches, tokens, blocks, scales, strict=True
+        ):
+            start, stop = stop, stop + count
+            moved = {name: tensor.to(backbone.device) for name, tensor in own.items()}
             stack = Stack([moved], [scale], common_scale=common_scale) if own else NOTHING
             if own and (self._owner[batch] != device).any():
                 x, p = self._computed(level, batch, stack, own)
-            else:
-                store = self._filled(level, device, batch, stack, own)
-                rows = torch.from_numpy(self.tokens.rows(batch))
-                x = store.hidden.index_select(0, rows)
-                p = None if store.projected is None else store.projected.index_select(0, rows)
-            hidden.append(x)
-            if p is not None:
-                projected.append(p)
-        device_of = self._backbone.device
+                hidden[start:stop] = x
+                if projected is not None and p is not None:
+                    projected[start:stop] = p
+                continue
+            store = self._filled(level, device, batch, stack, own)
+            places = torch.from_numpy(self.tokens.rows(batch))
+            torch.index_select(store.hidden, 0, places, out=hidden[start:stop])
+            if projected is not None and store.projected is not None:
+                torch.index_select(store.projected, 0, places, out=projected[start:stop])
         return Start(
             layer=level.layer,
-            # Copies also of a single one: what inference mode made serves no backward pass.
-            hidden=torch.cat(hidden).to(device_of),
-            projected=torch.cat(projected).to(device_of) if projected else None,
+            hidden=hidden.to(backbone.device),
+            projected=None if projected is None else projected.to(backbone.device),
             completed=level.completed,
         )
 

@@ -42,7 +42,7 @@ def flat(x: torch.Tensor) -> Any:
     """Return the memory of a contiguous tensor, as kernels take it; nothing is learned through it."""
     # By numpy as far as it goes: torch lets go of Python's lock in every call, and threads that take it
     # from each other between calls as small as these wait longer than they work.
-    array = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    array = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy(force=True)
     if not array.flags.c_contiguous:
         # Reshaped it would be a copy, and what is written there be lost.
         raise ValueError(f"a kernel's tensor must be contiguous, got strides {x.stride()}")
@@ -204,8 +204,8 @@ def _normal(x):
 # --- activations and norms -----------------------------------------------------------------------
 
 
-@entry
-def gelu(x, out, slope):
+@kernel
+def _gelu(x, out, slope):
     """Write x Phi(x); and its derivative to ``slope``, unless that is empty.
 
     As many numbers as are a multiple of sixteen.
@@ -216,6 +216,9 @@ def gelu(x, out, slope):
         store(out, at, value * share)
         if len(slope):
             store(slope, at, value * density + share)
+
+
+gelu = entry(_gelu.py_func)
 
 
 @entry
@@ -350,6 +353,87 @@ def low_rank_back(
             back, 0, held, 1, a, 0, hidden,
             to_x, start * hidden, hidden, rows, rank, hidden, True,
         )  # fmt: skip
+
+
+# --- bottleneck adapters -------------------------------------------------------------------------
+
+
+@entry
+def bottleneck(x, start, stop, down, down_bias, up, up_bias, out, inner, slope):
+    """Write x + U gelu(D x + d) + u, the rows from ``start`` to ``stop``.
+
+    x, out : [row, hidden], hidden a multiple of sixteen.
+    down : [width, hidden]; up : [hidden, width].
+    inner : [stop - start, width filled up to a multiple of sixteen]: what goes into U is left there.
+    slope : the same, GELU's derivative, for :func:`bottleneck_back`; nothing if empty.
+    """
+    hidden, width, held, rows = len(up_bias), len(down_bias), _whole(len(down_bias)), stop - start
+    turned = np.zeros(hidden * held, np.float32)
+    for c in range(width):
+        for h in range(hidden):
+            turned[h * held + c] = down[c * hidden + h]
+    for row in range(rows):
+        for c in range(held):
+            inner[row * held + c] = down_bias[c] if c < width else _ZERO
+    _product(
+        x, start * hidden, hidden, 1, turned, 0, held,
+        inner, 0, held, rows, hidden, held, True,
+    )  # fmt: skip
+    _gelu(inner, inner, slope)
+    for c in range(width):
+        for h in range(hidden):
+            turned[c * hidden + h] = up[h * width + c]
+    for row in range(start, stop):
+        for c in range(0, hidden, LANES):
+            place = row * hidden + c
+            store(out, place, load(x, place) + load(up_bias, c))
+    _product(
+        inner, 0, held, 1, turned, 0, hidden,
+        out, start * hidden, hidden, rows, width, hidden, True,
+    )  # fmt: skip
+
+
+@entry
+def bottleneck_back(
+    grad, x, start, stop, down, down_bias, up, up_bias, inner, slope,
+    to_down, to_down_bias, to_up, to_up_bias, to_x,
+):  # fmt: skip
+    """Write the gradients of :func:`bottleneck` for an adapter, given that of ``out``.
+
+    Add that for x, unless it is empty: what came through the adapter, not past it.
+    """
+    hidden, width, held, rows = len(up_bias), len(down_bias), _whole(len(down_bias)), stop - start
+    at = start * hidden
+    wide, back = np.zeros(hidden * held, np.float32), np.empty(rows * held, np.float32)
+    for h in range(hidden):
+        for c in range(width):
+            wide[h * held + c] = up[h * width + c]
+    _product(grad, at, hidden, 1, wide, 0, held, back, 0, held, rows, hidden, held, False)
+    for place in range(0, len(back), LANES):
+        store(back, place, load(back, place) * load(slope, place))
+    _product(grad, at, 1, hidden, inner, 0, held, wide, 0, held, hidden, rows, held, False)
+    for h in range(hidden):
+        for c in range(width):
+            to_up[h * width + c] = wide[h * held + c]
+    _product(
+        back, 0, 1, held, x, at, hidden,
+        to_down, 0, hidden, width, rows, hidden, False,
+    )  # fmt: skip
+    _column_sums(grad, at, hidden, rows, to_up_bias)
+    _column_sums(back, 0, held, rows, wide[:held])
+    to_down_bias[:] = wide[:width]
+    if len(to_x):
+        _product(back, 0, held, 1, down, 0, hidden, to_x, at, hidden, rows, width, hidden, True)
+
+
+@kernel
+def _column_sums(x, at, stride, rows, out):
+    """Write the sums of as many columns as ``out`` has, a multiple of sixteen."""
+    for c in range(0, len(out), LANES):
+        total = splat(_ZERO)
+        for row in range(rows):
+            total = total + load(x, at + row * stride + c)
+        store(out, c, total)
 
 
 # --- attention -----------------------------------------------------------------------------------

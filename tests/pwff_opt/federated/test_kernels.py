@@ -11,7 +11,9 @@ from torch.nn import functional
 from transformers import BertConfig, BertModel
 
 from pwff_opt.federated import kernels
+from pwff_opt.federated.adapters import BottleneckAdapter
 from pwff_opt.federated.attention import Around
+from pwff_opt.federated.bottleneck import Bottleneck, adapted
 from pwff_opt.federated.encoder import AddNorm
 from pwff_opt.federated.families import BertLayer
 from pwff_opt.federated.low_rank import LowRank, Updates
@@ -198,6 +200,77 @@ def test_in_bfloat16_a_layer_is_no_further_from_float32_than_torch_is() -> None:
         for side in (got, torchs)
     ]
     assert np.mean(errors[0]) <= 1.1 * np.mean(errors[1])
+
+
+def bottlenecks(*widths: int | None) -> list[Bottleneck]:
+    """Return adapters of devices with nine rows each, None for none."""
+    found = []
+    for number, width in enumerate(widths):
+        if width is None:
+            continue
+        shapes = ((width, 48), (width,), (48, width), (48,))
+        tensors = [(0.3 * torch.randn(shape)).requires_grad_(True) for shape in shapes]
+        found.append(Bottleneck(9 * number, 9 * number + 9, *tensors))
+    return found
+
+
+def tensors_of(own: Bottleneck) -> list[torch.Tensor]:
+    return [own.down, own.down_bias, own.up, own.up_bias]
+
+
+@pytest.mark.parametrize("widths", [(16,), (5,), (1, 40), (None, 32, None), (3, None)])
+@pytest.mark.parametrize("lowest", [False, True])
+def test_bottlenecks_and_their_gradients(widths: tuple[int | None, ...], lowest: bool) -> None:
+    """Against the module that peft trains, in float64; ``lowest``: nothing below learns."""
+    x, towards = torch.randn(9 * len(widths) + 4, 48), torch.randn(9 * len(widths) + 4, 48)
+    own = bottlenecks(*widths)
+    entered, exact = (x.clone().to(t).requires_grad_(not lowest) for t in (x, x.double()))
+    out = adapted(entered, own)
+    rows, wanted = list(exact.split(1)), [] if lowest else [exact]
+    for one in own:
+        module = BottleneckAdapter(48, len(one.down)).double()
+        parts = (module.down.weight, module.down.bias, module.up.weight, module.up.bias)
+        for into, tensor in zip(parts, tensors_of(one), strict=True):
+            into.data.copy_(tensor)
+        rows[one.start : one.stop] = module(exact[one.start : one.stop]).split(1)
+        wanted += parts
+    expected = torch.cat(rows)
+    got = [out, *torch.autograd.grad(
+        out, [*([] if lowest else [entered]), *(t for one in own for t in tensors_of(one))], towards
+    )]  # fmt: skip
+    right = [expected, *torch.autograd.grad(expected, wanted, towards.double())]
+    for ours, theirs in zip(got, right, strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+    with torch.inference_mode():
+        assert torch.equal(adapted(entered, own), out)
+
+
+def test_bottlenecks_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, towards = bottlenecks(7, None, 16), torch.randn(30, 48)
+    x = torch.randn(30, 48, requires_grad=True)
+    leaves = [x, *(t for one in own for t in tensors_of(one))]
+    results = []
+    for available in (True, False):
+        monkeypatch.setattr(kernels, "AVAILABLE", available)
+        out = adapted(x, own)
+        results.append([out, *torch.autograd.grad(out, leaves, towards)])
+    for ours, torchs in zip(*results, strict=True):
+        assert (ours - torchs).norm() <= 2e-6 * torchs.norm()
+
+
+def test_a_bottleneck_that_diverged_stays_alone() -> None:
+    bad, good = own = bottlenecks(4, 4)
+    with torch.no_grad():
+        bad.up[0, 0] = torch.nan
+    x = torch.randn(20, 48, requires_grad=True)
+    out = adapted(x, own)
+    out.sum().backward()
+    assert out[:9].isnan().any()
+    assert out[9:].isfinite().all()
+    assert x.grad is not None
+    assert x.grad[9:].isfinite().all()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in tensors_of(good))
 
 
 def test_inputs_may_lie_as_they_like() -> None:

@@ -275,7 +275,7 @@ def test_killed_and_resumed_ends_at_the_same_bits(scenario: Scenario, tmp_path: 
 
 def test_a_device_that_diverges_is_left_out(scenario: Scenario, tmp_path: Path) -> None:
     trainer = FederatedEvaluator(scenario, tmp_path).trainer
-    trainer._cohort_size = 3
+    trainer._most_together, trainer._cores = 3, 1
     (decision,) = Schedule.parse("1x2:paa", devices=3).rounds
     present = (True,) * 3
     start, _ = trainer.round(trainer.initial(), 0, decision, present)

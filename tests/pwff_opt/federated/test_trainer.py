@@ -366,7 +366,7 @@ def test_a_diverged_device_spoils_no_other(
     """Device 1 holds a NaN: it is named, its round is undone, and the others go on without it."""
     evaluator = FederatedEvaluator(small, tmp_path)
     trainer = evaluator.trainer
-    trainer._cohort_size = size
+    trainer._most_together, trainer._cores = size, 1
     (decision,) = Schedule.parse("1x2:paa", devices=3).rounds
     present = (True,) * 3
     start, _ = trainer.round(trainer.initial(), 0, decision, present)

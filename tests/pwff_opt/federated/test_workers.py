@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pwff_opt.errors import DecisionError
-from pwff_opt.federated.workers import Workers, go_on
+from pwff_opt.federated.workers import Workers, companies, go_on
 
 
 def test_results_are_in_order_and_each_is_told_when_it_ends() -> None:
@@ -38,6 +38,30 @@ def test_the_largest_are_begun_first() -> None:
     sizes = [3.0, 1.0, 7.0, 3.0]
     assert Workers(1).map(work, range(4), size=sizes.__getitem__) == [0, 10, 20, 30]
     assert begun == [2, 0, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "cores", "expected"),
+    [
+        ([5, 3, 2, 6], 3, 2, [[2, 3], [0, 1]]),  # a core each, as even as can be
+        ([5, 3, 2, 6], 3, 8, [[3], [0], [1], [2]]),  # more cores than items
+        ([5, 3, 2, 6], 3, 1, [[2, 3], [0, 1]]),  # two turns
+        ([5, 3, 2, 6], 4, 1, [[0, 1, 2, 3]]),
+        (
+            [1, 1, 1, 1, 1, 1],
+            2,
+            2,
+            [[0, 4], [1, 5], [2], [3]],
+        ),  # four and not three: two turns of both
+        ([9, 1, 1, 1], 3, 2, [[0], [1, 2, 3]]),
+        ([9, 1, 1, 1, 1], 3, 2, [[0, 4], [1, 2, 3]]),  # never more than three
+        ([], 3, 2, []),
+    ],
+)
+def test_companies_are_even_and_occupy_all_cores(
+    sizes: list[float], most: int, cores: int, expected: list[list[int]]
+) -> None:
+    assert companies(dict(enumerate(sizes)), most=most, cores=cores) == expected
 
 
 @pytest.mark.parametrize("failing", [0, 1])
