@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,14 +19,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from pwff_opt.costs import Workload
+from pwff_opt.decision import Schedule
 from pwff_opt.errors import DataError, PwffError, RunError, ScenarioError
 from pwff_opt.figures import front_figure, segments
 from pwff_opt.pareto import Front, Progress, pareto_front
+from pwff_opt.participation import participants
 from pwff_opt.planning import Planner
 from pwff_opt.records import Journal, Past, RunFolder
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario_io import built_in_names, parse_scenario, read_scenario, scenario_text
 from pwff_opt.search import Surrogate
+
+if TYPE_CHECKING:  # it loads torch
+    from pwff_opt.federated.evaluator import FederatedEvaluator
 
 PIPE_WIDTH = 140
 
@@ -69,6 +76,25 @@ def front(
 
 
 @app.command()
+def train(
+    scenario: ScenarioArgument,
+    schedule: Annotated[
+        str, typer.Argument(help="rounds x rank:layers, lowest first, like 4x8:ffffpa")
+    ],
+    out: Annotated[Path, typer.Option(help="run folder to write, or to continue")],
+) -> None:
+    """Train one schedule and say what it learns and costs; kill it and run it again to go on."""
+    text, folder_of_file = scenario_text(scenario)
+    checked = parse_scenario(text, folder=folder_of_file, source=scenario)
+    parsed = Schedule.parse(schedule, devices=len(checked.devices))
+    run = RunFolder(out)
+    with run.lock():
+        run.open(checked, text)
+        with _status(run):
+            _train(run, checked, parsed)
+
+
+@app.command()
 def show(run: RunArgument) -> None:
     """Print the front of a run and draw its figure again."""
     folder = RunFolder(run)
@@ -108,7 +134,6 @@ def save_model(
     ] = "",
 ) -> None:
     """Write a device's personalised model, to be loaded with transformers and peft."""
-    from pwff_opt.decision import Schedule
     from pwff_opt.federated.evaluator import FederatedEvaluator
 
     folder = RunFolder(run)
@@ -235,10 +260,13 @@ def _listed(names: tuple[str, ...], most: int = 6) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
-# -- front ----------------------------------------------------------------------------------------
+# -- train ----------------------------------------------------------------------------------------
 
 
-def _search(run: RunFolder, scenario: Scenario, trainings: int, confirm: int) -> None:
+def _prepared(
+    run: RunFolder, scenario: Scenario, reporter: _Reporter
+) -> tuple[FederatedEvaluator, Journal]:
+    """Return the trainer, its model and data loaded, and the journal of what it has trained."""
     if scenario.training.stage == "alignment":
         console.print(
             "reward models that the cache does not have are trained first: a minute or two"
@@ -246,19 +274,21 @@ def _search(run: RunFolder, scenario: Scenario, trainings: int, confirm: int) ->
     with console.status("loading model and data …"):
         from pwff_opt.federated.evaluator import FederatedEvaluator
 
-        reporter = _Reporter(len(scenario.devices))
         evaluator = FederatedEvaluator(scenario, run.checkpoints, tick=reporter.tick)
-        journal = Journal(evaluator, run)
+        return evaluator, Journal(evaluator, run)
+
+
+def _begin(
+    run: RunFolder,
+    scenario: Scenario,
+    evaluator: FederatedEvaluator,
+    journal: Journal,
+    **values: Any,
+) -> None:
+    """Note the start of a session; say what is trained, and what of it is there already."""
     data = evaluator.summary
-    kept = max(trainings, journal.searched), max(confirm, run.info().get("confirmed", 0))
-    if kept != (trainings, confirm):
-        console.print(
-            f"--trainings {trainings} --confirm {confirm} is less than what {run.path} has: going by "
-            f"--trainings {kept[0]} --confirm {kept[1]}; choose another --out for less"
-        )
-    trainings, confirm = kept
     run.begin(
-        trainings=trainings,
+        **values,
         baseline=data.baseline,
         baseline_per_device=data.baseline_per_device,
         baseline_name=data.baseline_name,
@@ -295,6 +325,77 @@ def _search(run: RunFolder, scenario: Scenario, trainings: int, confirm: int) ->
             f"{journal.outdated} trainings in the journal do not count: the files of data or model, or the "
             "trainer, have changed since"
         )
+
+
+def _train(run: RunFolder, scenario: Scenario, schedule: Schedule) -> None:
+    reporter = _Reporter(scenario)
+    evaluator, journal = _prepared(run, scenario, reporter)
+    curve = Planner(scenario, evaluator.workload).curve(schedule)  # refuses what does not fit
+    if not journal.knows(schedule):
+        run.note(single=[*run.info().get("single", []), str(schedule)])
+    _begin(run, scenario, evaluator, journal)
+    with reporter:
+        reporter.follow(evaluator.rounds_kept(schedule), schedule)
+        found = journal.train(schedule)
+        if found.status == "failed":
+            raise RunError(f"the training of {schedule} failed: {found.reason}")
+        tested = journal.test(schedule)
+    table = Table(title=f"{schedule}, round by round", title_justify="left")
+    for heading in (
+        "round",
+        "loss",
+        "accuracy",
+        "worst device",
+        "uploaded (kbit)",
+        "delay (s)",
+        "energy (J)",
+    ):
+        table.add_column(heading, justify="right")
+    for number, entry in enumerate(found.rounds):
+        delay_s, energy_j = curve.delay_s[number], curve.energy_j[number]
+        accuracy = entry.accuracy or (math.nan,)
+        gone = ", ".join(map(str, entry.diverged))
+        losses = [loss for loss in entry.loss if not math.isnan(loss)]
+        gone = ", ".join(map(str, entry.diverged))
+        table.add_row(
+            f"{number + 1}" + (f" ({gone} diverged)" if gone else ""),
+            f"{fmean(losses):.4f}",
+            _known("{:.3f}", fmean(accuracy)),
+            _known("{:.3f}", min(accuracy)),
+            f"{fmean(entry.uplink_bit) / 1e3:.4g}",
+            f"{delay_s.min():.4g} … {delay_s.max():.4g}",
+            f"{energy_j.max():.4g} … {energy_j.min():.4g}",
+        )
+    console.print(table)
+    console.print(
+        "loss: mean of local steps; accuracy: on validation data, after the rounds of "
+        "training.validate_after; uploaded: mean of devices; delay and energy: from the start, over all "
+        "prices of time"
+    )
+    console.print(
+        f"test accuracy {fmean(tested):.3f} (worst device {min(tested):.3f}): "
+        + ", ".join(f"{one:.3f}" for one in tested)
+    )
+    console.print(f"rounds: {run.path / 'rounds.parquet'}, a row a round and device")
+    console.print(
+        f"next:   pwff-opt save-model {run.path} --schedule '{schedule}' --device 0 --out DIR"
+    )
+
+
+# -- front ----------------------------------------------------------------------------------------
+
+
+def _search(run: RunFolder, scenario: Scenario, trainings: int, confirm: int) -> None:
+    reporter = _Reporter(scenario)
+    evaluator, journal = _prepared(run, scenario, reporter)
+    kept = max(trainings, journal.searched), max(confirm, run.info().get("confirmed", 0))
+    if kept != (trainings, confirm):
+        console.print(
+            f"--trainings {trainings} --confirm {confirm} is less than what {run.path} has: going by "
+            f"--trainings {kept[0]} --confirm {kept[1]}; choose another --out for less"
+        )
+    trainings, confirm = kept
+    _begin(run, scenario, evaluator, journal, trainings=trainings)
     with reporter:
         found = pareto_front(
             scenario, journal, trainings=trainings, confirm=confirm, progress=reporter.progress
@@ -387,11 +488,12 @@ def _print_front(run: RunFolder) -> None:
 class _Reporter:
     """Progress of a search: what is done, rate and time left; a bar on a terminal, lines elsewhere."""
 
-    def __init__(self, devices: int) -> None:
-        self._devices = devices
+    def __init__(self, scenario: Scenario) -> None:
+        self._devices = sum(participants(scenario, 0))
         self._start = time.perf_counter()
         self._ticks = self._ticks_before = 0
         self._last: Progress | None = None
+        self._followed: Progress | None = None
         self._status = console.status("") if console.is_terminal else None
 
     def __enter__(self) -> _Reporter:
@@ -406,8 +508,16 @@ class _Reporter:
 
     def tick(self, device_rounds: int) -> None:
         self._ticks = device_rounds
-        if self._status is not None:
+        if self._followed is not None and self._ticks % self._devices == 0:
+            before = self._followed.done
+            self.progress(replace(self._followed, done=before + self._ticks // self._devices))
+        elif self._status is not None:
             self._status.update(escape(self._line()))
+
+    def follow(self, done: int, schedule: Schedule) -> None:
+        """Follow a single training, so many of whose rounds are done, round by round."""
+        self._followed = Progress(stage="train", done=done, total=len(schedule), text=str(schedule))
+        self.progress(self._followed)
 
     def progress(self, now: Progress) -> None:
         self._last, self._ticks_before = now, self._ticks

@@ -74,7 +74,8 @@ class RoundDecision:
         match = re.fullmatch(r"(\d+(?:,\d+)*):([fpa]+)", text.strip())
         if match is None:
             raise DecisionError(
-                f"a round decision must read like '4:ffppaa' (rank, then a letter a layer), got {text!r}"
+                "a round decision must read like '4:ffppaa' (rank, then a letter a layer: "
+                f"f frozen, p personal, a aggregated), got {text!r}"
             )
         ranks = tuple(int(rank) for rank in match[1].split(","))
         if len(ranks) == 1:
@@ -141,8 +142,8 @@ class Schedule:
         """Read the text of a schedule; ``2x`` before a decision repeats it."""
         rounds: list[RoundDecision] = []
         for part in text.split():
-            count, _, decision = part.rpartition("x")
-            if count and not count.isdecimal():
+            count, times, decision = part.rpartition("x")
+            if times and not count.isdecimal():
                 raise DecisionError(
                     f"a schedule must read like '2x4:ffaaaa 2x0:ffffpp', got {text!r}"
                 )

@@ -318,6 +318,10 @@ class Journal:
         other._evaluator = self._evaluator.with_seed(seed)
         return other
 
+    def knows(self, schedule: Schedule) -> bool:
+        """Return whether a schedule is in the journal."""
+        return learning_key(self._scenario, schedule) in self._known
+
     def recorded(self) -> list[Evaluation]:
         """Return everything that was trained with this journal's seed, in order."""
         seed = self._scenario.seeds.training
@@ -345,11 +349,15 @@ class Journal:
     def searched(self) -> int:
         """What ``trainings`` a search needs to go through all that one has trained here.
 
+        What ``run.json`` names as "single" no search has asked for.
         It counts rounds as :func:`pwff_opt.pareto.pareto_front` does: those that schedules share once.
         """
         spent: set[str] = set()
         before = 0
+        single = set(self._folder.info().get("single", []))
         for row in self._own():
+            if row["schedule"] in single:
+                continue
             cuts = self._cuts(row)
             if not spent.issuperset(cuts):
                 before = len(spent)

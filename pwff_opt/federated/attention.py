@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
 from pwff_opt.federated import kernels
 from pwff_opt.federated.lanes import LANES
@@ -119,6 +120,7 @@ class _Compiled(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *tensors, weights = ctx.saved_tensors
         found, wanted = [torch.empty_like(x) for x in tensors], ctx.needs_input_grad[:3]
@@ -238,6 +240,7 @@ class _Padded(torch.autograd.Function):
         return _tokens(weights @ v, packed, len(queries)).flatten(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         packed, scale, rows = ctx.packed, ctx.scale, len(grads[0])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from pwff_opt.federated import kernels
@@ -34,8 +35,9 @@ class Bottleneck:
 
 def adapted(x: torch.Tensor, adapters: Sequence[Bottleneck]) -> torch.Tensor:
     """Return ``x``, [row, hidden], with the rows of devices that have an adapter as those make them."""
-    if kernels.AVAILABLE and x.device.type == "cpu" and x.shape[1] % LANES == 0:
-        tensors = [t for own in adapters for t in (own.down, own.down_bias, own.up, own.up_bias)]
+    tensors = [t for own in adapters for t in (own.down, own.down_bias, own.up, own.up_bias)]
+    compiled = kernels.AVAILABLE and x.device.type == "cpu" and x.shape[1] % LANES == 0
+    if compiled and all(t.dtype == torch.float32 for t in (x, *tensors)):
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
         rows = [(own.start, own.stop) for own in adapters]
         out: torch.Tensor = _Adapted.apply(x.contiguous(), rows, learns, *tensors)  # type: ignore[no-untyped-call]
@@ -80,6 +82,7 @@ class _Adapted(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x, *saved), rows = ctx.saved_tensors, ctx.rows
         grad, goes_on = grads[0].contiguous(), ctx.needs_input_grad[0]
@@ -89,7 +92,7 @@ class _Adapted(torch.autograd.Function):
         for (start, stop), own, inner, slope in zip(
             rows, _by_adapter(tensors), kept[::2], kept[1::2], strict=True
         ):
-            to_own = [torch.empty(t.shape) for t in own]
+            to_own = [t.new_empty(t.shape) for t in own]
             kernels.bottleneck_back(
                 kernels.flat(grad),
                 kernels.flat(x),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
 from pwff_opt.federated import kernels
 from pwff_opt.federated.attention import Around, Rows, attended, attended_back
@@ -179,6 +180,7 @@ class _Encoding(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer, updates, (x, wide, *saved) = ctx.layer, ctx.updates, ctx.saved_tensors
         factors, memory = saved[: 2 * len(updates)], saved[2 * len(updates) :]

@@ -140,6 +140,10 @@ class FederatedEvaluator:
             reason=reason,
         )
 
+    def rounds_kept(self, schedule: Schedule | str) -> int:
+        """Return how many rounds of a schedule checkpoints hold: training goes on after them."""
+        return len(self._kept(self._possible(schedule))[1])
+
     def test(self, schedule: Schedule | str) -> tuple[float, ...]:
         return tuple(own["accuracy"] for own in self.measures(schedule))
 
@@ -181,17 +185,8 @@ class FederatedEvaluator:
 
     def _trained(self, schedule: Schedule) -> tuple[State, list[TrainedRound]]:
         """Return state and learning curve after a schedule, training what no checkpoint holds."""
-        paths = [
-            checkpoint_path(self._folder, learning_key(self.scenario, schedule.prefix(n + 1)))
-            for n in range(len(schedule))
-        ]
-        state = self.trainer.initial()
-        rounds: list[TrainedRound] = []
-        for done in range(len(schedule), 0, -1):
-            loaded = load_checkpoint(paths[done - 1])
-            if loaded is not None and len(loaded[1]) == done:
-                state, rounds = loaded
-                break
+        paths = self._paths(schedule)
+        state, rounds = self._kept(schedule)
         for number in range(len(rounds), len(schedule)):
             state, entry = self.trainer.round(
                 state, number, schedule.rounds[number], schedule.present[number], done=self._count
@@ -200,6 +195,22 @@ class FederatedEvaluator:
             save_checkpoint(paths[number], state, rounds)
             make_room(self._folder, self.scenario.training.checkpoint_byte, keep=paths)
         return state, rounds
+
+    def _kept(self, schedule: Schedule) -> tuple[State, list[TrainedRound]]:
+        """Return the same as far as checkpoints hold it."""
+        paths = self._paths(schedule)
+        for done in range(len(schedule), 0, -1):
+            loaded = load_checkpoint(paths[done - 1])
+            if loaded is not None and len(loaded[1]) == done:
+                return loaded
+        return self.trainer.initial(), []
+
+    def _paths(self, schedule: Schedule) -> list[Path]:
+        """Return where the state after each round is kept."""
+        return [
+            checkpoint_path(self._folder, learning_key(self.scenario, schedule.prefix(n + 1)))
+            for n in range(len(schedule))
+        ]
 
     def _count(self) -> None:
         self.device_rounds += 1

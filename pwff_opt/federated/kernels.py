@@ -1,4 +1,4 @@
-"""Compiled loops for what comes between products: attention, norms, GELU, low-rank updates.
+"""Compiled loops for what comes between products: attention, norms, GELU, what devices add.
 
 At the size of one batch torch spends more time on moving numbers through these than on arithmetic.
 Written out in additions, multiplications and shifts of bits, on sixteen numbers at a time

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 ROWS = 8  # twice as many shapes as 16, half the filling; all of a run's kernels still fit the cache
@@ -63,6 +64,7 @@ class _Product(torch.autograd.Function):
         return frozen.forward(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.frozen.backward(grads[0]), None
 

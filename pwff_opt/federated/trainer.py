@@ -98,8 +98,8 @@ class Trainer:
         all_examples = np.concatenate([shard.train for shard in shards])
         tokens_of_a_batch = scenario.training.batch_size * float(self._lengths(all_examples).mean())
         self._most_together = max(1, round(COHORT_TOKENS / tokens_of_a_batch))
-        # The machine's, not those of this process: company in a product can show in the last bit, and
-        # a run that goes on must not depend on how many cores it is given.
+        # The machine's, not those that this process is given: company in a product can show in the last
+        # bit, and on one machine a run that goes on must end the same. On another, products differ anyway.
         self._cores = os.cpu_count() or 1
         alignment = scenario.alignment
         self._regularisation = {

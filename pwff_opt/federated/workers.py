@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import heapq
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,16 +26,19 @@ def cores() -> int:
 
 
 def companies(sizes: Mapping[int, float], *, most: int, cores: int) -> list[list[int]]:
-    """Return who works together: companies of up to ``most``, as even in size as may be.
+    """Return who works together: companies of up to ``most``.
 
-    There are as many as cores, or a multiple of it, so that no core waits at the end; fewer only of
-    fewer items. The largest item goes first, each to the company that has least (Graham 1969).
+    There are as many as cores, or a multiple of it, and fewer only of fewer items. The largest item
+    goes first, each to the company that has least, while there is a place in it (after Graham 1969).
     """
     turns = -(-len(sizes) // (most * cores))
     found: list[list[int]] = [[] for _ in range(min(len(sizes), turns * cores))]
+    open_to = [(0.0, 0, place) for place in range(len(found))]  # what each has, and how many
     for item in sorted(sizes, key=lambda item: -sizes[item]):
-        open_to = (company for company in found if len(company) < most)
-        min(open_to, key=lambda company: sum(sizes[other] for other in company)).append(item)
+        held, members, place = heapq.heappop(open_to)
+        found[place].append(item)
+        if members + 1 < most:
+            heapq.heappush(open_to, (held + sizes[item], members + 1, place))
     return [sorted(company) for company in found]
 
 

@@ -68,7 +68,8 @@ def test_rank_means_nothing_where_no_layer_has_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "4ffaa", "4:xx", "-1:ff", "1,2,3:ff", "2x", "ax4:ff", "2x4:ff 3x4:fff", "4:"]
+    "text",
+    ["", "4ffaa", "4:xx", "-1:ff", "1,2,3:ff", "2x", "ax4:ff", "x4:ff", "2x4:ff 3x4:fff", "4:"],
 )
 def test_bad_texts_are_refused(text: str) -> None:
     with pytest.raises(DecisionError):

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pwff_opt import cli
 from pwff_opt.cli import scenario_check
-from pwff_opt.errors import RunError, ScenarioError
+from pwff_opt.errors import DecisionError, RunError, ScenarioError
 from pwff_opt.figures import _baseline
 from pwff_opt.records import RunFolder, write_atomically
 from pwff_opt.scenario_io import parse_scenario
@@ -184,6 +185,54 @@ def test_saved_model_command(finished: tuple[Path, str], tmp_path: Path) -> None
         assert (tmp_path / "model" / part / "adapter_config.json").is_file()
 
 
+def test_one_schedule_is_trained_tested_and_saved(
+    scenario_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, text = tmp_path / "one", "2x2:ffa 1x4:fpa"
+    cli.train(str(scenario_file), text, out)
+    printed = capsys.readouterr().out
+    assert [f"train {done}/3 rounds" in printed for done in range(4)] == [True] * 4
+    tests = pd.read_parquet(out / "tests.parquet")["accuracy_test"]
+    told = ", ".join(f"{one:.3f}" for one in tests)
+    assert f"test accuracy {tests.mean():.3f} (worst device {tests.min():.3f}): {told}" in printed
+    rounds = pd.read_parquet(out / "rounds.parquet").groupby("round")
+    for loss in rounds["loss"].mean():
+        assert f"{loss:.4f}" in printed
+    cli.train(str(scenario_file), text, out)
+    again = capsys.readouterr().out
+    assert "train 3/3 rounds" in again
+    assert "train 2/3 rounds" not in again
+    assert again.splitlines()[-5:] == printed.splitlines()[-5:]
+    cli.save_model(out, 0, tmp_path / "model", text)
+    assert (tmp_path / "model" / "lora" / "adapter_config.json").is_file()
+    # No search has asked for it, so one in the same folder is as long as it is asked to be.
+    cli.train(str(scenario_file), "3x4:ppp", out)
+    capsys.readouterr()
+    cli.front(str(scenario_file), out, 1, 0)
+    searched = capsys.readouterr().out
+    assert "going by" not in searched
+    assert "1 schedules trained" in searched
+
+
+def test_a_single_training_goes_on_where_it_was_killed(
+    scenario_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    cli.train(str(scenario_file), "1x2:fpa", killed)
+    for name in ("evaluations", "rounds", "tests"):  # what a kill after one round would not leave
+        (killed / f"{name}.parquet").unlink()
+    capsys.readouterr()
+    cli.train(str(scenario_file), "3x2:fpa", killed)
+    printed = capsys.readouterr().out
+    assert "train 1/3 rounds" in printed
+    assert "train 0/3 rounds" not in printed
+    cli.train(str(scenario_file), "3x2:fpa", whole)
+    assert printed.splitlines()[-5:-2] == capsys.readouterr().out.splitlines()[-5:-2]
+    assert pd.read_parquet(killed / "rounds.parquet").equals(
+        pd.read_parquet(whole / "rounds.parquet")
+    )
+
+
 def refused(*arguments: object) -> str:
     done = pwff_opt(*arguments, check=False)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -220,6 +269,11 @@ def test_mistakes_get_one_clear_error(
     assert "must hold a training of 3x4,2,4:fap: it has none" in refused(
         "save-model", out, "--device", 0, "--out", tmp_path / "m", *untrained
     )
+    with pytest.raises(DecisionError, match=r"at most training.rounds \(3\) rounds, got 4"):
+        cli.train(str(scenario_file), "4x2:fpa", tmp_path / "long")
+    with pytest.raises(DecisionError, match="f frozen, p personal, a aggregated"):
+        cli.train(str(scenario_file), "2x2:fpz", tmp_path / "letters")
+    assert not (tmp_path / "letters").exists()
     assert "must read like" in refused(
         "save-model", out, "--device", 0, "--out", tmp_path / "m", "--schedule", "what"
     )

@@ -331,6 +331,42 @@ def test_what_is_changed_before_going_backwards_is_refused() -> None:
         out.sum().backward()
 
 
+@pytest.mark.parametrize("place", range(5))
+def test_what_a_bottleneck_reads_is_not_changed_before_going_backwards(place: int) -> None:
+    (own,), x = bottlenecks(4), torch.randn(9, 48, requires_grad=True)
+    out = adapted(x, [own])
+    with torch.no_grad():
+        [x, *tensors_of(own)][place].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    x = torch.randn(16, 64, requires_grad=True)
+    around = Around(packing(16), causal=False)
+    heads = torch.randn(16, 2, 32, requires_grad=True)
+    whole = layer(torch.float32)
+    (own,) = [Bottleneck(0, 16, *(torch.randn(s) for s in ((4, 64), (4,), (64, 4), (64,))))]
+    for out, read in (
+        (adapted(x, [own]), x),
+        (whole.run(x, around, {}), x),
+        (whole._up(x), x),
+        (around.attend(heads, heads, heads, scale=1.0), heads),
+    ):
+        (gradient,) = torch.autograd.grad(out.square().sum(), read, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_bottlenecks_of_another_type_are_left_to_torch(dtype: torch.dtype) -> None:
+    x, (own,) = torch.randn(9, 48), bottlenecks(4)
+    cast = Bottleneck(0, 9, *(t.detach().to(dtype) for t in tensors_of(own)))
+    torch.testing.assert_close(
+        adapted(x.to(dtype), [cast]).float(), adapted(x, [own]), rtol=0.05, atol=0.05
+    )
+
+
 def test_a_kernel_refuses_memory_with_gaps() -> None:
     with pytest.raises(ValueError, match="must be contiguous"):
         kernels.flat(torch.zeros(4, 32)[:, ::2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -283,6 +284,18 @@ def test_workers_change_nothing(run: Callable[..., Any]) -> None:
     one, three = run(workers=1), run(workers=3)
     same(one[0], three[0])
     assert one[1] == three[1]
+
+
+def test_cores_of_the_process_change_nothing(
+    run: Callable[..., Any], small: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who trains together goes by the machine: a run that is moved to one core goes on the same."""
+    before, there = run(), FederatedEvaluator(small, tmp_path / "other").trainer._cores
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    after = run()
+    same(before[0], after[0])
+    assert before[1] == after[1]
+    assert FederatedEvaluator(small, tmp_path / "other").trainer._cores == there
 
 
 def test_the_cache_changes_nothing_but_rounding(small: Scenario, run: Callable[..., Any]) -> None:

@@ -55,6 +55,7 @@ def test_the_largest_are_begun_first() -> None:
         ),  # four and not three: two turns of both
         ([9, 1, 1, 1], 3, 2, [[0], [1, 2, 3]]),
         ([9, 1, 1, 1, 1], 3, 2, [[0, 4], [1, 2, 3]]),  # never more than three
+        ([0, 0, 0, 0], 3, 4, [[0], [1], [2], [3]]),  # none stays empty
         ([], 3, 2, []),
     ],
 )
