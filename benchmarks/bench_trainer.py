@@ -646,7 +646,7 @@ def speed_report(found: Speed, *, quiet: bool) -> dict[str, Any]:
             "total": share,
             "total_by_one_peak": by_one_peak / sum(row[dtype]["seconds"] for row in with_blocks),
             "target": TARGET_SHARE,
-            "met": share >= TARGET_SHARE if judged else None,
+            "met": bool(share >= TARGET_SHARE) if judged else None,
         }
         report["aggregate"][dtype] = entry
         shares: dict[int, list[float]] = {}
