@@ -24,11 +24,11 @@ from pwff_opt.federated.lanes import (
     largest,
     load,
     power_of_two,
-    scatter,
     splat,
     spread,
     store,
     total_of,
+    turn,
     unless_below,
     where_seen,
 )
@@ -158,10 +158,10 @@ def _narrow(a, a_at, a_row, a_column, b, b_at, b_row, out, at, out_row, rows, in
 
 @kernel
 def _turn(x, at, stride, rows, columns, out, out_row):
-    """out[c, i] = x[i, c]; zeros in out's columns beyond ``rows``."""
-    for i in range(rows):
+    """out[c, i] = x[i, c]; zeros in out's columns beyond ``rows``, up to a multiple of sixteen."""
+    for i in range(0, rows, LANES):
         for c in range(0, columns, LANES):
-            scatter(out, c * out_row + i, out_row, load(x, at + i * stride + c))
+            turn(x, at + i * stride + c, stride, rows - 1 - i, out, c * out_row + i, out_row)
     for c in range(columns):
         for i in range(rows, out_row):
             out[c * out_row + i] = _ZERO
@@ -464,6 +464,7 @@ def attend(
     """
     longest = _whole(lengths.max())
     turned = np.empty(size * longest, np.float32)
+    of_row = np.empty(longest, np.float32)
     row = at = 0
     for length in lengths:
         keys_held = _whole(length)
@@ -475,22 +476,30 @@ def attend(
                 queries, row * q_row + own, q_row, 1, turned, 0, keys_held,
                 weights, at, keys_held, length, size, keys_held, False,
             )  # fmt: skip
+            # Row by row in steps: each step's rows hide one another's latency.
             for i in range(length):
                 line = at + i * keys_held
                 seen = i + 1 if causal else length
+                # Up to here all is seen, so nothing need be asked.
+                open_to = -1 if max(i, length - 1 - i) >= width else seen - LANES
                 peak = splat(_NEVER)
                 for c in range(0, keys_held, LANES):
                     score = load(weights, line + c) * scale
-                    score = where_seen(score, c, seen, sinks, i - width, i + width)
+                    if c > open_to:
+                        score = where_seen(score, c, seen, sinks, i - width, i + width)
                     store(weights, line + c, score)
                     peak = larger(peak, score)
-                most = largest(peak)
+                of_row[i] = largest(peak)
+            for i in range(length):
+                line, most = at + i * keys_held, spread(of_row, i)
                 total = splat(_ZERO)
                 for c in range(0, keys_held, LANES):
                     each = _exp(load(weights, line + c) - most)
                     store(weights, line + c, each)
                     total = total + each
-                share = _ONE / total_of(total)
+                of_row[i] = total_of(total)
+            for i in range(length):
+                line, share = at + i * keys_held, splat(_ONE) / spread(of_row, i)
                 for c in range(0, keys_held, LANES):
                     store(weights, line + c, load(weights, line + c) * share)
             _product(

@@ -91,18 +91,42 @@ def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
-def scatter(typing: Any, array: Any, index: Any, stride: Any, value: Any) -> Any:
-    """Write sixteen numbers ``stride`` apart."""
+def turn(
+    typing: Any, array: Any, index: Any, stride: Any, last: Any, out: Any, place: Any, row: Any
+) -> Any:
+    """Write sixteen rows' sixteen numbers by columns: out[place + c row + i] = array[index + i stride + c].
+
+    Rows after the ``last`` are that one again.
+    """
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        index = args[1]
+        array, index, stride, last, out, place, row = args
+        rows = []
         for lane in range(LANES):
-            builder.store(builder.extract_element(args[3], _INT(lane)), builder.gep(data, [index]))
-            index = builder.add(index, args[2])
+            own = ir.Constant(last.type, lane)
+            own = builder.select(builder.icmp_signed("<", own, last), own, last)
+            at = builder.add(index, builder.mul(own, stride))
+            rows.append(
+                builder.load(_place(context, builder, signature.args[0], array, at), align=4)
+            )
+        # Blocks of 1, 2, 4 and 8 numbers change places across the diagonal.
+        width = 1
+        while width < LANES:
+            for upper in (lane for lane in range(LANES) if not lane & width):
+                lower = upper | width
+                low = [c if not c & width else LANES + c - width for c in range(LANES)]
+                high = [c + width if not c & width else LANES + c for c in range(LANES)]
+                pair = rows[upper], rows[lower]
+                rows[upper], rows[lower] = (
+                    builder.shuffle_vector(*pair, ir.Constant(_INTS, order)) for order in (low, high)
+                )
+            width *= 2
+        for turned in rows:
+            builder.store(turned, _place(context, builder, signature.args[4], out, place), align=4)
+            place = builder.add(place, row)
         return context.get_dummy_value()
 
-    return types.none(array, types.intp, types.intp, _lanes), code
+    return types.none(array, *(types.intp,) * 3, out, types.intp, types.intp), code
 
 
 @intrinsic
@@ -203,25 +227,32 @@ def larger(typing: Any, left: Any, right: Any) -> Any:
     return _lanes(_lanes, _lanes), code
 
 
-def _reduction(name: str, start: float | None, *flags: str) -> Any:
-    """Return a function from sixteen numbers to one."""
+@intrinsic
+def total_of(typing: Any, value: Any) -> Any:
+    """The sum of sixteen, in an order that is the same at every call."""
 
-    @intrinsic
-    def reduced(typing: Any, value: Any) -> Any:
-        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            first = [] if start is None else [ir.Constant(_FLOAT, start)]
-            kind = ir.FunctionType(_FLOAT, [*(_FLOAT for _ in first), _VECTOR])
-            full = f"llvm.vector.reduce.{name}.v{LANES}f32"
-            function = builder.module.globals.get(full) or ir.Function(builder.module, kind, full)
-            return builder.call(function, [*first, args[0]], fastmath=flags)
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+        kind = ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR])
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        return builder.call(function, [ir.Constant(_FLOAT, -0.0), args[0]], fastmath=("reassoc",))
 
-        return types.float32(_lanes), code
-
-    return reduced
+    return types.float32(_lanes), code
 
 
-total_of = _reduction("fadd", -0.0, "reassoc")  # any order of the sixteen, the same at every call
-largest = _reduction("fmax", None)
+@intrinsic
+def largest(typing: Any, value: Any) -> Any:
+    """The largest of sixteen, compared as :func:`larger` does."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (value,) = args
+        for step in (8, 4, 2, 1):
+            order = ir.Constant(_INTS, [(lane + step) % LANES for lane in range(LANES)])
+            other = builder.shuffle_vector(value, value, order)
+            value = builder.select(builder.fcmp_ordered(">", value, other), value, other)
+        return builder.extract_element(value, _INT(0))
+
+    return types.float32(_lanes), code
 
 
 @intrinsic
