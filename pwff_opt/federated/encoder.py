@@ -35,11 +35,11 @@ class AddNorm:
         self._epsilon = np.float32(norm.eps)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor, *, learns: bool
+        self, x: torch.Tensor, residual: torch.Tensor, dtype: torch.dtype, *, learns: bool
     ) -> tuple[torch.Tensor, torch.Tensor, Kept]:
-        """Return the norm of x + residual, [row, hidden]; in the type of ``x``; for ``backward``."""
+        """Return the norm of x + residual, [row, hidden]; that as ``dtype``; for ``backward``."""
         out = torch.empty_like(residual)
-        low = out if x.dtype == out.dtype else torch.empty_like(x)
+        low = out if dtype == out.dtype else torch.empty_like(residual, dtype=dtype)
         centred = kernels.room(out.dtype, len(out) * learns, out.shape[1])
         deviations = kernels.room(out.dtype, len(out))
         kernels.add_norm(
@@ -166,13 +166,15 @@ class _Encoding(torch.autograd.Function):
             "groups": 1,
             "scale": (x.shape[1] // layer.heads) ** -0.5,
         }
-        context = torch.empty_like(x, dtype=layer.mix.weight.dtype)
+        dtype = layer.mix.weight.dtype
+        context = torch.empty_like(x, dtype=dtype)
         weights = attended(_side_by_side(wide), around, context, learns=learns, **how)
-        y, low, kept = layer.norm.forward(layer.mix.forward(context), x, learns=learns)
+        y, low, kept = layer.norm.forward(layer.mix.forward(context), x, dtype, learns=learns)
         inner = layer.up.forward(low)
         slope = kernels.room(inner.dtype, len(inner) * learns, inner.shape[1])
         kernels.gelu(kernels.flat(inner), kernels.flat(inner), slope)
-        out, _, last_kept = layer.last_norm.forward(layer.down.forward(inner), y, learns=learns)
+        down = layer.down.forward(inner)
+        out, _, last_kept = layer.last_norm.forward(down, y, y.dtype, learns=learns)
         if learns:
             memory = (weights, *kept, slope, *last_kept, *inners)
             ctx.save_for_backward(x, wide, *factors, *map(torch.from_numpy, memory))

@@ -118,7 +118,8 @@ def turn(
                 high = [c + width if not c & width else LANES + c for c in range(LANES)]
                 pair = rows[upper], rows[lower]
                 rows[upper], rows[lower] = (
-                    builder.shuffle_vector(*pair, ir.Constant(_INTS, order)) for order in (low, high)
+                    builder.shuffle_vector(*pair, ir.Constant(_INTS, order))
+                    for order in (low, high)
                 )
             width *= 2
         for turned in rows:

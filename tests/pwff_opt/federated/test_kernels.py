@@ -84,7 +84,7 @@ def test_norm_of_a_sum_and_its_gradient(dtype: torch.dtype) -> None:
     torch.nn.init.normal_(norm.bias)
     x, residual = (3 * torch.randn(8, 48)).to(dtype), torch.randn(8, 48) + 5
     ours = AddNorm(norm)
-    out, low, kept = ours.forward(x, residual, learns=True)
+    out, low, kept = ours.forward(x, residual, dtype, learns=True)
     exact = (x.double() + residual.double()).requires_grad_(True)
     expected = functional.layer_norm(
         exact, (48,), norm.weight.double(), norm.bias.double(), norm.eps
@@ -97,7 +97,7 @@ def test_norm_of_a_sum_and_its_gradient(dtype: torch.dtype) -> None:
     assert exact.grad is not None
     torch.testing.assert_close(found.double(), exact.grad, rtol=1e-5, atol=2e-6)
     assert torch.equal(found_low, found.to(dtype))
-    again, _, _ = ours.forward(x, residual, learns=False)
+    again, _, _ = ours.forward(x, residual, dtype, learns=False)
     assert torch.equal(again, out)
 
 
