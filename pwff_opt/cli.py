@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +22,7 @@ from rich.table import Table
 from pwff_opt.costs import Workload
 from pwff_opt.decision import Schedule
 from pwff_opt.errors import DataError, PwffError, RunError, ScenarioError
+from pwff_opt.evaluation import check_ranks
 from pwff_opt.figures import front_figure, segments
 from pwff_opt.pareto import Front, Progress, pareto_front
 from pwff_opt.participation import participants
@@ -87,6 +89,7 @@ def train(
     text, folder_of_file = scenario_text(scenario)
     checked = parse_scenario(text, folder=folder_of_file, source=scenario)
     parsed = Schedule.parse(schedule, devices=len(checked.devices))
+    check_ranks(checked, parsed)
     run = RunFolder(out)
     with run.lock():
         run.open(checked, text)
@@ -117,11 +120,14 @@ def certify(
     scenario = folder.scenario()
     journal = Journal(Past(folder), folder)
     search = Surrogate(Planner(scenario, journal.workload))
-    for evaluation in journal.recorded():
+    search_has = journal.recorded()
+    for evaluation in search_has:
         search.tell(evaluation.schedule, evaluation)
     with console.status("going through all schedules …"):
         certificate = search.certificate(confidence)
-    console.print(f"{journal.counts[0]} schedules trained in {run}; {certificate.sentence}")
+    console.print(
+        f"{len(search_has)} schedules trained by the search in {run}; {certificate.sentence}"
+    )
 
 
 @app.command("save-model")
@@ -144,7 +150,8 @@ def save_model(
             raise RunError(f"{run} has no front.csv: give --schedule, or finish the run first")
         schedule = str(table[table["knee"]].iloc[0]["schedule"])
     parsed = Schedule.parse(schedule, devices=len(scenario.devices))
-    with folder.lock():
+    # Who may only read a run, an archived one say, needs no lock.
+    with folder.lock() if os.access(run, os.W_OK) else nullcontext():
         Journal(Past(folder), folder).require(parsed)
         FederatedEvaluator(scenario, folder.checkpoints).save_device(parsed, device, out)
     console.print(f"device {device} after {schedule}: {out}")
@@ -369,8 +376,8 @@ def _train(run: RunFolder, scenario: Scenario, schedule: Schedule) -> None:
     console.print(table)
     console.print(
         "loss: mean of local steps; accuracy: on validation data, after the rounds of "
-        "training.validate_after; uploaded: mean of devices; delay and energy: from the start, over all "
-        "prices of time"
+        "training.validate_after; uploaded: mean of all devices, those that take no part 0; delay and "
+        "energy: from the start, over all prices of time"
     )
     console.print(
         f"test accuracy {fmean(tested):.3f} (worst device {min(tested):.3f}): "
@@ -420,6 +427,11 @@ def _report(run: RunFolder, found: Front, journal: Journal, trainings: int) -> N
         console.print(
             f"{spared} of {found.rounds_asked} rounds spared: shared with another schedule, or after "
             "an early stop"
+        )
+    if journal.single:
+        console.print(
+            f"{len(journal.single)} schedules were trained singly: they are not among these, nor on "
+            "the front"
         )
     if found.reference is not None:
         console.print(found.reference.sentence)
@@ -559,6 +571,7 @@ def _status(run: RunFolder) -> Iterator[None]:
         console.print("\ninterrupted; the same command goes on from here")
         raise SystemExit(130) from None
     except BaseException:
-        run.finish("failed")
+        if run.info().get("status") == "running":  # a mistake found before leaves what there was
+            run.finish("failed")
         raise
     run.finish("done")

@@ -33,6 +33,7 @@ class LayerState(IntEnum):
     AGGREGATED = 2
 
 
+MOST_ROUNDS = 10_000  # that a text may ask for: a slip of the finger must not take all memory
 _LETTERS = "fpa"
 
 
@@ -74,7 +75,7 @@ class RoundDecision:
         match = re.fullmatch(r"(\d+(?:,\d+)*):([fpa]+)", text.strip())
         if match is None:
             raise DecisionError(
-                "a round decision must read like '4:ffppaa' (rank, then a letter a layer: "
+                "a round decision must read like '4:ffppaa' (a rank, or one a device, then a letter a layer: "
                 f"f frozen, p personal, a aggregated), got {text!r}"
             )
         ranks = tuple(int(rank) for rank in match[1].split(","))
@@ -142,12 +143,21 @@ class Schedule:
         """Read the text of a schedule; ``2x`` before a decision repeats it."""
         rounds: list[RoundDecision] = []
         for part in text.split():
-            count, times, decision = part.rpartition("x")
-            if times and not count.isdecimal():
+            match = re.fullmatch(r"(?:(\d+)x)?(\d+(?:,\d+)*:[fpa]+)", part)
+            if match is None:
                 raise DecisionError(
-                    f"a schedule must read like '2x4:ffaaaa 2x0:ffffpp', got {text!r}"
+                    "a schedule must read like '4x8:ffffpa 2x4:ffffaa' (rounds x rank, or one rank a "
+                    "device, then a letter a layer, lowest first: f frozen, p personal, a aggregated), "
+                    f"got {part!r}" + (f" in {text!r}" if part != text else "")
                 )
-            rounds += [RoundDecision.parse(decision, devices=devices)] * int(count or 1)
+            count = int(match[1] or 1)
+            if count > MOST_ROUNDS - len(rounds):
+                raise DecisionError(
+                    f"a schedule must have at most {MOST_ROUNDS} rounds, got {count} of {match[2]!r}"
+                )
+            rounds += [RoundDecision.parse(match[2], devices=devices)] * count
+        if not rounds:
+            raise DecisionError(f"a schedule must have at least one round, got {text!r}")
         return cls(rounds=tuple(rounds))
 
 

@@ -84,6 +84,24 @@ def as_schedule(schedule: Schedule | str, *, devices: int) -> Schedule:
     return schedule
 
 
+def check_ranks(scenario: Scenario, schedule: Schedule) -> None:
+    """Raise a DecisionError if a schedule has ranks that are outside the scenario's decisions."""
+    allowed = sorted({0, *scenario.decisions.ranks})
+    for decision in dict.fromkeys(schedule.rounds):
+        for device, rank in enumerate(decision.ranks):
+            if rank not in allowed:
+                which = f" of device {device}" if len(set(decision.ranks)) > 1 else ""
+                raise DecisionError(
+                    f"rank{which} must be 0 or one of decisions.ranks "
+                    f"({', '.join(map(str, scenario.decisions.ranks))}), got {rank} in {str(decision)!r}"
+                )
+        if scenario.decisions.rank_scope == "common" and len(set(decision.ranks)) > 1:
+            raise DecisionError(
+                "decisions.rank_scope must be 'per_device' for ranks that differ between devices, got "
+                f"'common' and {str(decision)!r}"
+            )
+
+
 def demanded(costs: CostModel, schedule: Schedule) -> Demand:
     """Return what a schedule demands of the devices, if they and the scenario allow it.
 

@@ -145,6 +145,7 @@ class RunFolder:
     def scenario(self) -> Scenario:
         """Return the scenario of the run."""
         path = self.path / "resolved.json"
+        self._check_access()
         if not path.is_file():
             raise RunError(f"{self.path} is not a run folder: it has no resolved.json")
         return from_resolved(_json_object(path))
@@ -228,8 +229,19 @@ class RunFolder:
             for path in self.path.rglob("*")
         )
 
+    def _check_access(self) -> None:
+        """Refuse a path that may not be looked into."""
+        try:
+            self.path.exists()
+            (self.path / "resolved.json").is_file()
+            if self.path.is_dir():
+                next(self.path.iterdir(), None)
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be read: {error}") from error
+
     def _check_kind(self) -> None:
         """Refuse a path that holds something else than a run."""
+        self._check_access()
         if not self.path.exists() or (self.path / "resolved.json").is_file():
             return
         ours = {"scenario.toml"}  # written before resolved.json: a kill may leave it alone
@@ -323,13 +335,18 @@ class Journal:
         return learning_key(self._scenario, schedule) in self._known
 
     def recorded(self) -> list[Evaluation]:
-        """Return everything that was trained with this journal's seed, in order."""
-        seed = self._scenario.seeds.training
+        """Return all that a search has trained with this journal's seed, in order."""
+        seed, single = self._scenario.seeds.training, self.single
         return [
             self._recall(key, self._schedule(row))
             for key, row in self._known.items()
-            if row["seed"] == seed
+            if row["seed"] == seed and row["schedule"] not in single
         ]
+
+    @property
+    def single(self) -> set[str]:
+        """Schedules that no search has asked for, but ``pwff-opt train``."""
+        return set(self._folder.info().get("single", []))
 
     def __len__(self) -> int:
         return len(self._known)
@@ -348,13 +365,11 @@ class Journal:
     @property
     def searched(self) -> int:
         """What ``trainings`` a search needs to go through all that one has trained here.
-
-        What ``run.json`` names as "single" no search has asked for.
         It counts rounds as :func:`pwff_opt.pareto.pareto_front` does: those that schedules share once.
         """
         spent: set[str] = set()
         before = 0
-        single = set(self._folder.info().get("single", []))
+        single = self.single
         for row in self._own():
             if row["schedule"] in single:
                 continue
@@ -392,9 +407,13 @@ class Journal:
                 + (
                     "it has one, but the files of its data or model, or the trainer, have changed since"
                     if before
-                    else "it has none; front.csv names schedules that it has"
+                    else f"it has none; it has {self._told() or 'no training at all'}"
                 )
             )
+
+    def _told(self, most: int = 6) -> str:
+        texts = list(dict.fromkeys(row["schedule"] for row in self._own()))
+        return ", ".join(map(repr, texts[:most])) + (", …" if len(texts) > most else "")
 
     def _own(self) -> list[dict[str, Any]]:
         """Return what was tried with this journal's seed, as it would be tried now."""

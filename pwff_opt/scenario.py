@@ -459,7 +459,7 @@ def value_problems(value: Any, hint: Any, where: str) -> Iterator[str]:
             yield f"{where} must be one of {', '.join(map(repr, get_args(hint)))}, got {value!r}"
     elif get_origin(hint) is tuple:
         if not isinstance(value, tuple):
-            yield f"{where} must be a tuple, got {value!r}"
+            yield f"{where} must be a list, got {value!r}"
             return
         for number, item in enumerate(value):
             yield from value_problems(item, get_args(hint)[0], f"{where}[{number}]")

@@ -202,6 +202,13 @@ def _devices(
         problems.append("devices must be a table [devices] and device a list of tables [[device]]")
         return None
     drawn = dict(population)
+    if "count" not in drawn and not singles:
+        near = get_close_matches("count", drawn, n=1)
+        problems.append(
+            "devices.count is missing (or [[device]] entries)"
+            + (f"; devices.{near[0]} is not a known key" if near else "")
+        )
+        return None
     count = drawn.pop("count", len(singles))
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         problems.append(

@@ -14,6 +14,7 @@ from pwff_opt.evaluation import (
     Evaluation,
     TrainedRound,
     as_schedule,
+    check_ranks,
     demanded,
     learning_key,
 )
@@ -180,6 +181,7 @@ class FederatedEvaluator:
     def _possible(self, schedule: Schedule | str) -> Schedule:
         """Return the schedule, if scenario, model and every device's memory allow it."""
         schedule = as_schedule(schedule, devices=len(self.scenario.devices))
+        check_ranks(self.scenario, schedule)
         demanded(self._costs, schedule)
         return schedule
 

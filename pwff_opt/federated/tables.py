@@ -48,7 +48,14 @@ def read_table(data: Data, *, folder: Path) -> pd.DataFrame:
 
 
 def require(table: pd.DataFrame, columns: Sequence[str], data: Data) -> None:
-    """Raise a DataError unless the table has all the columns."""
+    """Raise a DataError unless the table, and every file it was read from, has all the columns."""
+    for file, found in table.attrs.get("files", {}).items():
+        lacking = [column for column in columns if column not in found]
+        if lacking:
+            raise DataError(
+                f"data {data.path!r}: every file must have the columns {list(columns)}, {file!r} lacks "
+                f"{lacking}; it has {found}"
+            )
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise DataError(
@@ -109,7 +116,13 @@ def _read_tables(path: Path) -> pd.DataFrame:
         raise DataError(
             f"data.path must name a {', '.join(_READERS)} file or a folder of them, got {str(path)!r}"
         )
-    return pd.concat(read, ignore_index=True)
+    whole = pd.concat(read, ignore_index=True)
+    if len(read) > 1:
+        names = [str(file.relative_to(path)) for file, reader in tables if reader is not None]
+        whole.attrs["files"] = {
+            name: list(table.columns) for name, table in zip(names, read, strict=True)
+        }
+    return whole
 
 
 def _with_folder(table: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:

@@ -290,18 +290,6 @@ class Trainer:
             raise DecisionError(
                 f"{decision} must have {len(self.shards)} ranks and {self.backbone.layer_count} layers"
             )
-        allowed = [rank for rank in self.scenario.decisions.ranks if rank]
-        for device, rank in enumerate(decision.ranks):
-            if rank not in (0, *allowed):
-                raise DecisionError(
-                    f"rank of device {device} must be one of decisions.ranks "
-                    f"({', '.join(map(str, allowed))}) or 0, got {rank}"
-                )
-        if self.scenario.decisions.rank_scope == "common" and len(set(decision.ranks)) > 1:
-            raise DecisionError(
-                "decisions.rank_scope must be 'per_device' for ranks that differ between devices, got "
-                f"'common' and ranks {', '.join(map(str, decision.ranks))}"
-            )
 
     def _level(self, decision: RoundDecision) -> Level:
         """Return up to where nothing is trained in a round."""

@@ -68,6 +68,21 @@ def test_rank_means_nothing_where_no_layer_has_blocks() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4x8:ffp 99999999999999999999x8:ffp", "at most 10000 rounds, got 9{20} of '8:ffp'"),
+        ("5000x8:ffp 5001x8:ffa", "at most 10000 rounds, got 5001 of '8:ffa'"),
+        ("2x8:ffp 4x8:ffpx", r"f frozen, p personal, a aggregated\), got '4x8:ffpx' in '2x8"),
+        (" ", "at least one round, got ' '"),
+        ("0x8:ffp", "at least one round, got '0x8:ffp'"),
+    ],
+)
+def test_bad_texts_are_told_apart(text: str, message: str) -> None:
+    with pytest.raises(DecisionError, match=message):
+        Schedule.parse(text, devices=2)
+
+
+@pytest.mark.parametrize(
     "text",
     ["", "4ffaa", "4:xx", "-1:ff", "1,2,3:ff", "2x", "ax4:ff", "x4:ff", "2x4:ff 3x4:fff", "4:"],
 )

@@ -20,7 +20,7 @@ from pwff_opt import cli
 from pwff_opt.cli import scenario_check
 from pwff_opt.errors import DecisionError, RunError, ScenarioError
 from pwff_opt.figures import _baseline
-from pwff_opt.records import RunFolder, write_atomically
+from pwff_opt.records import Journal, Past, RunFolder, write_atomically
 from pwff_opt.scenario_io import parse_scenario
 
 COMMAND = [sys.executable, "-c", "from pwff_opt.cli import main; main()"]
@@ -212,6 +212,19 @@ def test_one_schedule_is_trained_tested_and_saved(
     searched = capsys.readouterr().out
     assert "going by" not in searched
     assert "1 schedules trained" in searched
+    assert "2 schedules were trained singly: they are not among these, nor on the front" in searched
+    folder = RunFolder(out)
+    assert len(Journal(Past(folder), folder).recorded()) == 1
+    status = folder.info()["status"]
+    for bad, message in (
+        ("1x3:ffa", r"rank must be 0 or one of decisions.ranks \(.*\), got 3 in '3:ffa'"),
+        ("9x2:ffa", "at most training.rounds"),
+    ):
+        with pytest.raises(DecisionError, match=message):
+            cli.train(str(scenario_file), bad, out)
+    assert folder.info()["status"] == status == "done"
+    with pytest.raises(RunError, match="it has '2x2:ffa 1x4:fpa', '3x4:ppp'"):
+        cli.save_model(out, 0, tmp_path / "none", "3x2:ppa")
 
 
 def test_a_single_training_goes_on_where_it_was_killed(
@@ -311,6 +324,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_place_that_may_not_be_looked_into_is_named(
+    tmp_path: Path, scenario_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    with pytest.raises(RunError, match=r"cannot be read: .*Permission denied"):
+        cli.train(str(scenario_file), "1x2:ffa", tmp_path / "run")
+    with pytest.raises(RunError, match=r"cannot be read: .*Permission denied"):
+        cli.show(tmp_path)
+
+
 def test_damaged_files_are_named(tmp_path: Path, small_text: str) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.open(parse_scenario(small_text), small_text)
@@ -352,7 +378,7 @@ def test_a_front_is_confirmed_and_certified(
     assert f"{TRAININGS} schedules are in its journal, and" in again
     assert (out / "front.csv").read_bytes() == kept
     certified = pwff_opt("certify", out).stdout
-    assert certified.startswith(f"{TRAININGS} schedules trained in")
+    assert certified.startswith(f"{TRAININGS} schedules trained by the search in")
     assert "hypervolume ratio" in certified
     assert "has no workload" in refused("certify", _without_workload(out))
 

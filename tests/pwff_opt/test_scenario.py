@@ -221,6 +221,11 @@ def test_noise_needs_factors_of_one_rank_only_where_they_are_sent() -> None:
         ("[model]", "[[device]]\nkappa = 0\n[model]", "devices[0].kappa must be greater than 0"),
         ("frequency_min_hz = 1e8", "kappa = nan", "devices.kappa must be finite, got nan"),
         ("count = 3", "count = 0", "devices.count must be a whole number of at least 1"),
+        (
+            "count = 3",
+            "coun = 3",
+            "devices.count is missing (or [[device]] entries); did you mean",
+        ),
         # what is left out altogether is missing once, not once a device
         ("distance_m = { disc = [50, 300] }", "", "devices.distance_m is required, and missing"),
         # nor does the least frequency exceed a largest one that could not be read

@@ -115,6 +115,18 @@ def test_bad_tables_say_what_is_wrong(tmp_path: Path, data: Data, message: str) 
         load_corpus(data, folder=tmp_path)
 
 
+def test_every_file_of_a_folder_must_have_the_columns(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    (folder / "deeper").mkdir(parents=True)
+    TABLE[:20].to_csv(folder / "a.csv", index=False)
+    TABLE[20:].assign(more=1).to_csv(folder / "deeper" / "b.csv", index=False)
+    data = Data(source="file", path="parts", domain_column="place")
+    assert len(load_corpus(data, folder=tmp_path).texts) == len(TABLE)
+    TABLE[:3].drop(columns="place").to_csv(folder / "c.csv", index=False)
+    with pytest.raises(DataError, match=r"every file must have .*'c.csv' lacks \['place'\]"):
+        load_corpus(data, folder=tmp_path)
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PWFF_DATA", str(tmp_path))
     with pytest.raises(DataError, match="pwff-opt data fetch"):
