@@ -49,6 +49,16 @@ def model_source(source: str, *, folder: str | Path = ".") -> str:
     return str(local) if local.is_dir() else source
 
 
+def portable_name(source: str, *, folder: str | Path = ".") -> str:
+    """Return a name for which :func:`model_source` finds the model from anywhere, on any machine if it can.
+
+    A packaged or fetched model and one of the hub go by their names, a local folder by its full path.
+    """
+    local = Path(model_source(source, folder=folder))
+    known = source in _INSTALLED or source in FETCHED or not local.is_dir()
+    return source if known else str(local.resolve())
+
+
 def model_config(source: str) -> dict[str, Any]:
     """Return the contents of a model's ``config.json``, from its folder or from the hub."""
     path = Path(source) / "config.json"

@@ -30,6 +30,7 @@ from pwff_opt.federated.material import Material, Summary
 from pwff_opt.federated.passes import Passes
 from pwff_opt.federated.privacy import spent_epsilon
 from pwff_opt.federated.trainer import Trainer
+from pwff_opt.models import portable_name
 from pwff_opt.scenario import Scenario
 
 
@@ -169,7 +170,7 @@ class FederatedEvaluator:
         save_device_model(
             Path(folder),
             state.devices[device],
-            source=self.material.source,
+            source=portable_name(self.scenario.model.source, folder=self.scenario.folder),
             family=self.material.backbone.family,
             pooling=self.material.backbone.pooling,
             class_names=self.material.class_names,

@@ -27,6 +27,7 @@ from pwff_opt.federated.blocks import Tensors, lora_scale
 from pwff_opt.federated.families import HEADS
 from pwff_opt.federated.peft_bottleneck import BottleneckConfig
 from pwff_opt.federated.sparse import attend_within
+from pwff_opt.models import model_source
 from pwff_opt.scenario import Peft
 
 LORA = "lora"
@@ -56,9 +57,10 @@ def save_device_model(
     Written over an older export, it takes its place at the end: killed before that, the older one is
     left; killed while its parts are exchanged, the folder has no JSON file, and does not load.
 
-    ``class_names`` None: a language model with its own head, which stays as it is. ``window``: of sparse
-    attention, if it learned with that. ``system_prompt``: what it was given as the system's message in every
-    prompt, also where that is empty; None: it learned without prompts.
+    ``source``: a name as in a scenario, or a folder. ``class_names`` None: a language model with its own
+    head, which stays as it is. ``window``: of sparse attention, if it learned with that.
+    ``system_prompt``: what it was given as the system's message in every prompt, also where that is
+    empty; None: it learned without prompts.
 
     Raises
     ------
@@ -109,9 +111,10 @@ def _claim(folder: Path) -> None:
 
 
 def _base(source: str, class_names: Sequence[str] | None) -> Any:
+    found = model_source(source)
     if class_names is None:
-        return load_language_model(source)
-    return load_classifier(source, classes=len(class_names))
+        return load_language_model(found)
+    return load_classifier(found, classes=len(class_names))
 
 
 def _with_lora(

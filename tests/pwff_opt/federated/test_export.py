@@ -24,6 +24,7 @@ from pwff_opt.federated.evaluator import FederatedEvaluator
 from pwff_opt.federated.export import load_device_model
 from pwff_opt.federated.partition import partition
 from pwff_opt.federated.tokens import Packed
+from pwff_opt.models import model_source, portable_name
 from pwff_opt.scenario import Scenario
 
 
@@ -240,3 +241,13 @@ def test_an_export_that_is_killed_leaves_no_mixture(
         "lora",
         "notes.txt",
     ]
+
+
+def test_a_model_goes_by_a_name_that_holds_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert portable_name("minilm", folder=tmp_path) == "minilm"
+    assert portable_name("mine", folder=tmp_path) == str((tmp_path / "mine").resolve())
+    assert portable_name("someone/model", folder=tmp_path) == "someone/model"
+    for source in ("minilm", "mine"):
+        name = portable_name(source, folder=tmp_path)
+        assert model_source(name) == str(Path(model_source(source, folder=tmp_path)).resolve())
