@@ -89,7 +89,7 @@ def train(
     text, folder_of_file = scenario_text(scenario)
     checked = parse_scenario(text, folder=folder_of_file, source=scenario)
     parsed = Schedule.parse(schedule, devices=len(checked.devices))
-    check_ranks(checked, parsed)
+    check_ranks(checked, *parsed.rounds)
     run = RunFolder(out)
     with run.lock():
         run.open(checked, text)

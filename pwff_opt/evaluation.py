@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from pwff_opt.costs import CostModel, Demand, Workload
-from pwff_opt.decision import Schedule
+from pwff_opt.decision import RoundDecision, Schedule
 from pwff_opt.errors import DecisionError, InfeasibleError
 from pwff_opt.models import model_source
 from pwff_opt.scenario import AVERAGING, Data, Scenario
@@ -84,21 +84,21 @@ def as_schedule(schedule: Schedule | str, *, devices: int) -> Schedule:
     return schedule
 
 
-def check_ranks(scenario: Scenario, schedule: Schedule) -> None:
-    """Raise a DecisionError if a schedule has ranks that are outside the scenario's decisions."""
-    allowed = sorted({0, *scenario.decisions.ranks})
-    for decision in dict.fromkeys(schedule.rounds):
+def check_ranks(scenario: Scenario, *decisions: RoundDecision) -> None:
+    """Raise a DecisionError if rounds have ranks that are outside the scenario's decisions."""
+    allowed = [rank for rank in scenario.decisions.ranks if rank]
+    for decision in dict.fromkeys(decisions):
         for device, rank in enumerate(decision.ranks):
-            if rank not in allowed:
+            if rank not in (0, *allowed):
                 which = f" of device {device}" if len(set(decision.ranks)) > 1 else ""
                 raise DecisionError(
-                    f"rank{which} must be 0 or one of decisions.ranks "
-                    f"({', '.join(map(str, scenario.decisions.ranks))}), got {rank} in {str(decision)!r}"
+                    f"rank{which} must be one of decisions.ranks ({', '.join(map(str, allowed))}) or 0, "
+                    f"got {rank} in {str(decision)!r}"
                 )
         if scenario.decisions.rank_scope == "common" and len(set(decision.ranks)) > 1:
             raise DecisionError(
                 "decisions.rank_scope must be 'per_device' for ranks that differ between devices, got "
-                f"'common' and {str(decision)!r}"
+                f"'common' and ranks {', '.join(map(str, decision.ranks))}"
             )
 
 

@@ -199,7 +199,9 @@ def _differing(pairs: pd.DataFrame, chosen: pd.Series, rejected: pd.Series) -> p
         part.map(lambda answer: answer.strip() if isinstance(answer, str) else "")
         for part in (chosen, rejected)
     )
-    return pairs[(ours != "") & (others != "") & (ours != others)].reset_index(drop=True)
+    found = pairs[(ours != "") & (others != "") & (ours != others)].reset_index(drop=True)
+    found.attrs.clear()  # published folders hold files of other things: these rows are what was meant
+    return found
 
 
 def _answers(chosen: Any, rejected: Any) -> tuple[str, str]:

@@ -182,8 +182,8 @@ class FederatedEvaluator:
     def _possible(self, schedule: Schedule | str) -> Schedule:
         """Return the schedule, if scenario, model and every device's memory allow it."""
         schedule = as_schedule(schedule, devices=len(self.scenario.devices))
-        check_ranks(self.scenario, schedule)
         demanded(self._costs, schedule)
+        check_ranks(self.scenario, *schedule.rounds)
         return schedule
 
     def _trained(self, schedule: Schedule) -> tuple[State, list[TrainedRound]]:

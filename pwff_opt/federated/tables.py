@@ -49,8 +49,10 @@ def read_table(data: Data, *, folder: Path) -> pd.DataFrame:
 
 def require(table: pd.DataFrame, columns: Sequence[str], data: Data) -> None:
     """Raise a DataError unless the table, and every file it was read from, has all the columns."""
-    for file, found in table.attrs.get("files", {}).items():
-        lacking = [column for column in columns if column not in found]
+    files: dict[str, list[str]] = table.attrs.get("files", {})
+    read = set().union(*files.values())  # what is not from a file has been added to all rows
+    for file, found in files.items():
+        lacking = [column for column in columns if column in read and column not in found]
         if lacking:
             raise DataError(
                 f"data {data.path!r}: every file must have the columns {list(columns)}, {file!r} lacks "

@@ -14,7 +14,7 @@ import torch
 
 from pwff_opt.decision import RoundDecision
 from pwff_opt.errors import DecisionError, TrainingError
-from pwff_opt.evaluation import TrainedRound
+from pwff_opt.evaluation import TrainedRound, check_ranks
 from pwff_opt.federated.aggregation import RULES
 from pwff_opt.federated.backbone import Backbone, Stack
 from pwff_opt.federated.blocks import (
@@ -290,6 +290,7 @@ class Trainer:
             raise DecisionError(
                 f"{decision} must have {len(self.shards)} ranks and {self.backbone.layer_count} layers"
             )
+        check_ranks(self.scenario, decision)
 
     def _level(self, decision: RoundDecision) -> Level:
         """Return up to where nothing is trained in a round."""

@@ -217,7 +217,7 @@ def test_one_schedule_is_trained_tested_and_saved(
     assert len(Journal(Past(folder), folder).recorded()) == 1
     status = folder.info()["status"]
     for bad, message in (
-        ("1x3:ffa", r"rank must be 0 or one of decisions.ranks \(.*\), got 3 in '3:ffa'"),
+        ("1x3:ffa", r"rank must be one of decisions.ranks \(2, 4\) or 0, got 3 in '3:ffa'"),
         ("9x2:ffa", "at most training.rounds"),
     ):
         with pytest.raises(DecisionError, match=message):

@@ -224,7 +224,7 @@ def test_noise_needs_factors_of_one_rank_only_where_they_are_sent() -> None:
         (
             "count = 3",
             "coun = 3",
-            "devices.count is missing (or [[device]] entries); did you mean",
+            "devices.count is missing (or [[device]] entries); devices.coun is not",
         ),
         # what is left out altogether is missing once, not once a device
         ("distance_m = { disc = [50, 300] }", "", "devices.distance_m is required, and missing"),
