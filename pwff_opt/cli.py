@@ -339,7 +339,7 @@ def _train(run: RunFolder, scenario: Scenario, schedule: Schedule) -> None:
     evaluator, journal = _prepared(run, scenario, reporter)
     curve = Planner(scenario, evaluator.workload).curve(schedule)  # refuses what does not fit
     if not journal.knows(schedule):
-        run.note(single=[*run.info().get("single", []), str(schedule)])
+        run.note(single=sorted({*journal.single, str(schedule)}))
     _begin(run, scenario, evaluator, journal)
     with reporter:
         reporter.follow(evaluator.rounds_kept(schedule), schedule)
@@ -361,7 +361,6 @@ def _train(run: RunFolder, scenario: Scenario, schedule: Schedule) -> None:
     for number, entry in enumerate(found.rounds):
         delay_s, energy_j = curve.delay_s[number], curve.energy_j[number]
         accuracy = entry.accuracy or (math.nan,)
-        gone = ", ".join(map(str, entry.diverged))
         losses = [loss for loss in entry.loss if not math.isnan(loss)]
         gone = ", ".join(map(str, entry.diverged))
         table.add_row(
@@ -407,6 +406,8 @@ def _search(run: RunFolder, scenario: Scenario, trainings: int, confirm: int) ->
         found = pareto_front(
             scenario, journal, trainings=trainings, confirm=confirm, progress=reporter.progress
         )
+    asked = {str(entry.schedule) for entry in found.evaluations}
+    run.note(single=sorted(journal.single - asked))
     run.write_table("front.csv", found.points)
     run.note(confirmed=confirm)
     _report(run, found, journal, trainings)

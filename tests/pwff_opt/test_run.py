@@ -215,6 +215,13 @@ def test_one_schedule_is_trained_tested_and_saved(
     assert "2 schedules were trained singly: they are not among these, nor on the front" in searched
     folder = RunFolder(out)
     assert len(Journal(Past(folder), folder).recorded()) == 1
+    # What a search asks for after all is one of its trainings.
+    asked = Journal(Past(folder), folder).recorded()[0].schedule
+    folder.note(single=[*folder.info()["single"], str(asked)])
+    assert not Journal(Past(folder), folder).recorded()
+    cli.front(str(scenario_file), out, 1, 0)
+    assert len(Journal(Past(folder), folder).recorded()) == 1
+    assert "2 schedules were trained singly" in capsys.readouterr().out
     status = folder.info()["status"]
     for bad, message in (
         ("1x3:ffa", r"rank must be one of decisions.ranks \(2, 4\) or 0, got 3 in '3:ffa'"),
