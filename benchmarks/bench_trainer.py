@@ -23,7 +23,7 @@ with set-up and checkpoints).
 *Share of the peak*: the time that the floating-point operations in products that are left to do would take
 at the peak, over ours. The peak of a dtype is what the faster of MKL and oneDNN reaches with
 [1024, 384] x [384, 1536] on all cores, measured between the runs; products with frozen weights count by
-that of their type; attention, blocks and heads, 2 to 3 % of all, by that of float32, as they run (by one peak
+that of their type; attention, blocks and heads, 2 to 4 % of all, by that of float32, as they run (by one peak
 for all, shares in bfloat16 would be 2 to 3 % lower: it is printed beside). Left to do is, for the tokens
 there are, without padding, a forward pass from the lowest layer with blocks up, and a backward pass, less
 what is known of that layer: queries, keys and values by its frozen weights; without a LoRA, all of it but

@@ -365,6 +365,7 @@ class Journal:
     @property
     def searched(self) -> int:
         """What ``trainings`` a search needs to go through all that one has trained here.
+
         It counts rounds as :func:`pwff_opt.pareto.pareto_front` does: those that schedules share once.
         """
         spent: set[str] = set()

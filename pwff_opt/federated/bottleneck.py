@@ -72,7 +72,7 @@ class _Adapted(torch.autograd.Function):
             size = (stop - start, kernels.whole(len(own[1])))
             inner, slope = (kernels.room(x.dtype, many * size[0], size[1]) for many in (1, learns))
             kernels.bottleneck(
-                kernels.flat(x), start, stop, *_memory(own), kernels.flat(out), inner, slope
+                kernels.flat(x), start, stop, *kernels.read(*own), kernels.flat(out), inner, slope
             )
             kept += [inner, slope]
         out[at:] = x[at:]
@@ -98,7 +98,7 @@ class _Adapted(torch.autograd.Function):
                 kernels.flat(x),
                 start,
                 stop,
-                *_memory(own),
+                *kernels.read(*own),
                 inner.numpy(),
                 slope.numpy(),
                 *map(kernels.flat, (*to_own, to_x)),
@@ -109,7 +109,3 @@ class _Adapted(torch.autograd.Function):
 
 def _by_adapter(tensors: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]]:
     return [tensors[at : at + 4] for at in range(0, len(tensors), 4)]
-
-
-def _memory(tensors: Sequence[torch.Tensor]) -> list[Any]:
-    return [kernels.flat(tensor.contiguous()) for tensor in tensors]

@@ -238,7 +238,7 @@ class _Update:
         inner = kernels.room(own.a.dtype, own.stop - own.start, kernels.whole(len(own.a)))
         kernels.low_rank(
             kernels.flat(x),
-            *_memory(own.a, own.b),
+            *kernels.read(own.a, own.b),
             *self._where,
             kernels.flat(wide),
             wide.shape[1],
@@ -264,13 +264,8 @@ class _Update:
             self.column,
             kernels.flat(x),
             inner,
-            *_memory(a, b),
+            *kernels.read(a, b),
             *self._where,
             *map(kernels.flat, (to_a, to_b, to_x)),
         )
         return to_a, to_b
-
-
-def _memory(*factors: torch.Tensor) -> list[Any]:
-    """Return the memory of factors; some rules leave them transposed."""
-    return [kernels.flat(factor.contiguous()) for factor in factors]

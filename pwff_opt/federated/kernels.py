@@ -49,6 +49,11 @@ def flat(x: torch.Tensor) -> Any:
     return array.reshape(-1)
 
 
+def read(*tensors: torch.Tensor) -> list[Any]:
+    """Return the memory of tensors that are only read, as :func:`flat`; some rules leave them transposed."""
+    return [flat(tensor.contiguous()) for tensor in tensors]
+
+
 def room(dtype: torch.dtype, *size: int) -> Any:
     """Return new memory for kernels' own use, [n]."""
     return np.empty(math.prod(size), np.uint16 if dtype == torch.bfloat16 else np.float32)
