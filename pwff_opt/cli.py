@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -167,6 +168,9 @@ def scenario_init(
 ) -> None:
     """Write a commented scenario file to start from; it never replaces a file."""
     text, _ = scenario_text(source)
+    if path.stem.isprintable():
+        name = json.dumps(path.stem, ensure_ascii=False)
+        text = text.replace(f'name = "{source}"', f"name = {name}", 1)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -35,6 +35,7 @@ class LayerState(IntEnum):
 
 MOST_ROUNDS = 10_000  # that a text may ask for: a slip of the finger must not take all memory
 _LETTERS = "fpa"
+_RANKS = r"\d{1,4000}(?:,\d{1,4000})*"  # Python reads no numbers of more digits than 4300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ class RoundDecision:
     @classmethod
     def parse(cls, text: str, *, devices: int) -> RoundDecision:
         """Read ``4:ffppaa`` (a rank common to all ``devices``) or one rank a device."""
-        match = re.fullmatch(r"(\d+(?:,\d+)*):([fpa]+)", text.strip())
+        match = re.fullmatch(rf"({_RANKS}):([fpa]+)", text.strip())
         if match is None:
             raise DecisionError(
                 "a round decision must read like '4:ffppaa' (a rank, or one a device, then a letter a layer: "
@@ -143,7 +144,7 @@ class Schedule:
         """Read the text of a schedule; ``2x`` before a decision repeats it."""
         rounds: list[RoundDecision] = []
         for part in text.split():
-            match = re.fullmatch(r"(?:(\d+)x)?(\d+(?:,\d+)*:[fpa]+)", part)
+            match = re.fullmatch(rf"(?:(\d{{1,4000}})x)?({_RANKS}:[fpa]+)", part)
             if match is None:
                 raise DecisionError(
                     "a schedule must read like '4x8:ffffpa 2x4:ffffaa' (rounds x rank, or one rank a "

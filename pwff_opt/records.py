@@ -213,7 +213,10 @@ class RunFolder:
             if name == "front.csv" and table["knee"].sum() != 1:
                 raise ValueError(f"one row must be the knee, got {table['knee'].sum()}")
         except (ValueError, OSError) as error:
-            raise RunError(f"{path} is damaged: {error}") from error
+            raise RunError(
+                f"{path} is damaged: {error}; delete it and run the same front again: it is made anew, and "
+                "what checkpoints hold is not trained again"
+            ) from error
         return table
 
     def write_table(self, name: str, table: pd.DataFrame) -> None:

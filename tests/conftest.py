@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from pwff_opt.federated import backbone
 from pwff_opt.models import model_source
+
+sys.path.insert(0, str(Path(__file__).parent))  # for elsewhere
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", help="where models compute: cuda, say, or 'elsewhere' (elsewhere.py)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if device is None:
+        return
+    if device == "elsewhere":
+        from elsewhere import install
+
+        install()
+    backbone.default_device = lambda: str(device)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") is None:
+        return
+    reason = "puts what goes through the model together on the CPU, by hand"
+    for item in items:
+        if item.get_closest_marker("on_cpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,7 @@ class Backbone:
         if classes is not None and pooling == "mean":
             pool_by_mean(model)
         self.source, self.family, self.pooling = source, family, pooling
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device or default_device())
         self.dtype = DTYPES[dtype]
         model = model.eval().requires_grad_(False)  # no dropout: below the blocks all is constant
         owner, attribute = transformer_layers(model)
@@ -256,6 +256,11 @@ class Backbone:
                     project = self.layers[number].change(deltas)
                 self._changed[number] = (deltas, project)
             return project
+
+
+def default_device() -> str:
+    """Return where models compute if nothing else is said: a GPU if torch sees one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def lora_config(family: str, rank: int, lora_scale: float, **more: Any) -> LoraConfig:

@@ -270,7 +270,7 @@ def fused(parts: Mapping[str, torch.nn.Linear], dtype: torch.dtype) -> Frozen:
     if all(part.bias is None for part in parts.values()):
         return Frozen(weight, None)
     biases = [
-        torch.zeros(part.out_features) if part.bias is None else part.bias.detach()
+        part.weight.new_zeros(part.out_features) if part.bias is None else part.bias.detach()
         for part in parts.values()
     ]
     return Frozen(weight, torch.cat(biases).to(dtype))

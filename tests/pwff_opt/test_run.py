@@ -302,6 +302,7 @@ def test_mistakes_get_one_clear_error(
 def test_scenario_init_writes_a_good_file_once(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     pwff_opt("scenario", "init", path)
+    assert 'name = "mine"' in path.read_text()
     assert "is good: 4 devices" in pwff_opt("scenario", "check", path).stdout
     assert "exists already" in refused("scenario", "init", path)
 
@@ -354,7 +355,7 @@ def test_damaged_files_are_named(tmp_path: Path, small_text: str) -> None:
     with pytest.raises(RunError, match="must hold a JSON object"):
         folder.scenario()
     (folder.path / "evaluations.parquet").write_bytes(b"x")
-    with pytest.raises(RunError, match=r"evaluations\.parquet is damaged"):
+    with pytest.raises(RunError, match=r"evaluations\.parquet is damaged: .*; delete it"):
         folder.table("evaluations.parquet")
 
 

@@ -139,6 +139,7 @@ def answer_tokens(
     return logs[torch.arange(start - 1, len(ids) - 1), text[0, start:]]
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("optimiser", ["dpo", "modpo"])
 def test_losses_of_pairs_are_those_by_hand(
     scenario: Scenario, folder: Path, made: Made, optimiser: str
@@ -193,6 +194,7 @@ def test_untrained_devices_have_the_loss_of_a_coin(scenario: Scenario, made: Mad
     assert measured["win_safety"] == measured["win_helpfulness"] == 0.5
 
 
+@pytest.mark.on_cpu
 def test_sampled_answers_are_learned_from_by_hand(
     scenario: Scenario, folder: Path, made: Made
 ) -> None:
@@ -252,6 +254,7 @@ def test_sampled_answers_are_learned_from_by_hand(
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in after[0].values())
 
 
+@pytest.mark.on_cpu
 def test_a_step_makes_rewarded_answers_likelier(scenario: Scenario, made: Made) -> None:
     """The sign of the gradient, by finite differences: advantage up, probability up."""
     evaluator = made(variant(scenario, optimiser="grpo", kl=1e-6))

@@ -223,6 +223,7 @@ def test_the_reference_is_the_frozen_model_also_in_a_later_session(
     torch.testing.assert_close(stage._referred(sequences, passes), torch.stack(expected))
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("seed", [1, 5])
 @pytest.mark.parametrize("text", ["1x2:ppp", "1x2:fpp", "1x2:ppp 1x2:ffp"])
 def test_sampled_answers_are_learned_from_as_torch_alone_would(

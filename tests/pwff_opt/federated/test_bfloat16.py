@@ -28,6 +28,7 @@ def test_blocks_stay_float32_and_losses_close(small: Scenario, tmp_path: Path) -
     assert rounds != exact  # it is another arithmetic
 
 
+@pytest.mark.on_cpu
 def test_what_is_added_to_a_frozen_weight_is_not_rounded_away(
     small: Scenario, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def test_error_feedback_and_the_servers_momentum_do_something(
         assert not torch.equal(new.devices[0][name], other.devices[0][name])
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("scaling", ["constant", "standard", "rslora"])
 def test_a_rank_that_grows_leaves_the_model_as_it_was(
     small: Scenario, tmp_path: Path, scaling: str

@@ -93,6 +93,7 @@ LEFTOVERS: dict[str, tuple[dict[str, Any], dict[str, Any], str, set[str]]] = {
 }
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("case", LEFTOVERS)
 @pytest.mark.parametrize("family", ["small", "llama"])
 def test_whatever_training_leaves_loads_with_plain_peft(

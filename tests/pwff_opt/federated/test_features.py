@@ -51,6 +51,7 @@ def hidden(evaluator: FederatedEvaluator, schedule: Schedule, device: int) -> tu
     return cached.hidden, whole
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("budget", [4e9, 0.0])
 def test_never_stale(small: Scenario, tmp_path: Path, budget: float) -> None:
     scenario = replace(small, training=replace(small.training, feature_cache_byte=budget))
@@ -111,6 +112,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert "raise training.feature_cache_byte" in evaluation.reason
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("text", ["1x2:paa 1x2:ffa", "1x0:pap 1x0:fap"])
 def test_devices_that_read_the_same_text_do_not_read_each_other(
     small: Scenario, tmp_path: Path, text: str

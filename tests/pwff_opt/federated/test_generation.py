@@ -126,6 +126,7 @@ def test_likeliest_answers_are_those_of_transformers(
     assert ended > 0 or len(set(map(tuple, ours))) > 1
 
 
+@pytest.mark.on_cpu
 def test_every_device_answers_by_its_own_blocks(backbone: Backbone, prompts: Tokens) -> None:
     """Token by token with remembered keys, against whole sequences again and again."""
     devices = [blocks(backbone, 1), {}, blocks(backbone, 2)]
@@ -172,6 +173,7 @@ def test_draws_follow_the_model(
     assert chisquare(np.bincount(groups, seen)[there], expected[there]).pvalue > 1e-3
 
 
+@pytest.mark.on_cpu
 def test_log_probabilities_of_answers(
     backbone: Backbone, plain: LlamaForCausalLM, prompts: Tokens
 ) -> None:
@@ -189,6 +191,7 @@ def test_log_probabilities_of_answers(
             assert int(scored.counts[place]) == ids.shape[1] - start
 
 
+@pytest.mark.on_cpu
 def test_those_that_end_early_are_left_behind(backbone: Backbone, prompts: Tokens) -> None:
     """An answer is what comes before its first end, whoever else goes on, and however long."""
     rng = np.random.default_rng(9)

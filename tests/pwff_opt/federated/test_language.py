@@ -370,6 +370,7 @@ LEFTOVERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("case", LEFTOVERS)
 def test_a_saved_model_says_the_same_with_plain_peft(
     instruction: Scenario, tmp_path: Path, case: str

@@ -19,6 +19,7 @@ from pwff_opt.federated.tokens import Packed
 from pwff_opt.scenario import Scenario
 
 
+@pytest.mark.on_cpu
 def test_packing_and_cache_change_nothing(llama: Scenario, tmp_path: Path) -> None:
     """Against the same model by transformers, padded, with its weights merged by hand."""
     evaluator = FederatedEvaluator(llama, tmp_path / "a", workers=1)

@@ -113,6 +113,7 @@ def test_attention_and_gradients(
         torch.testing.assert_close(mine.grad.double(), its.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.on_cpu
 def test_without_sinks_it_is_mistrals_sliding_window(tmp_path: Path) -> None:
     torch.manual_seed(4)
     model = MistralForCausalLM(
@@ -179,6 +180,7 @@ def test_sampled_and_likeliest_answers(llama_folder: Path, window: int, sinks: i
                 ids = torch.cat([ids, torch.tensor([[token]])], 1)
 
 
+@pytest.mark.on_cpu
 def test_an_encoder_looks_both_ways(tmp_path: Path) -> None:
     torch.manual_seed(4)
     BertForMaskedLM(BertConfig(**SMALL)).save_pretrained(tmp_path)
@@ -239,6 +241,7 @@ def test_training_equals_plain_peft(sparse: Scenario, tmp_path: Path) -> None:
     assert_equals_plain(sparse, evaluator, schedule, loss, to_float64=True)
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_saved_model_attends_as_it_has_learned(
     sparse: Scenario, tmp_path: Path, family: str
