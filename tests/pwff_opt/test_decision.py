@@ -84,8 +84,23 @@ def test_bad_texts_are_told_apart(text: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "4ffaa", "4:xx", "-1:ff", "1,2,3:ff", "2x", "ax4:ff", "x4:ff", "2x4:ff 3x4:fff", "4:"]
-    + [f"{'9' * 5000}x4:ff", f"2x{'9' * 5000}:ff"],  # more digits than Python reads
+    [
+        *[
+            "",
+            "4ffaa",
+            "4:xx",
+            "-1:ff",
+            "1,2,3:ff",
+            "2x",
+            "ax4:ff",
+            "x4:ff",
+            "2x4:ff 3x4:fff",
+            "4:",
+        ],
+        # More digits than Python reads.
+        pytest.param(f"{'9' * 5000}x4:ff", id="count"),
+        pytest.param(f"2x{'9' * 5000}:ff", id="rank"),
+    ],
 )
 def test_bad_texts_are_refused(text: str) -> None:
     with pytest.raises(DecisionError):
