@@ -300,6 +300,7 @@ def _begin(
     data = evaluator.summary
     run.begin(
         **values,
+        trained_on=str(evaluator.material.backbone.device),
         baseline=data.baseline,
         baseline_per_device=data.baseline_per_device,
         baseline_name=data.baseline_name,

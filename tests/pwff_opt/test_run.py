@@ -55,6 +55,7 @@ def test_a_run_leaves_everything_behind(finished: tuple[Path, str], scenario_fil
     info = json.loads((out / "run.json").read_text())
     assert info["status"] == "done"
     assert info["versions"]["torch"] == "2.13.0+cpu" or info["versions"]["torch"].startswith("2.13")
+    assert info["trained_on"] in ("cpu", "cuda")  # a process of its own, whatever --device says
     assert info["started"] <= info["ended"]
     front = pd.read_csv(out / "front.csv")
     wanted = {"energy_j", "delay_s", "accuracy", "accuracy_worst_device", "price_of_time_w"}
