@@ -11,7 +11,7 @@ TRAININGS ?= 24
 .PHONY: help setup front test test-slow check bench replay alternation methods alignment ablations alignment-front figures dist clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY)  ## make .venv, install this package and the tools, bring the data
 
@@ -43,7 +43,7 @@ check: $(READY)  ## lint, types, import arrows
 bench: $(READY) $(FLOWER) $(RIVALS)  ## all benchmarks; each prints a table and writes benchmarks/results/NAME.json
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-bench-%: $(READY)  ## one benchmark
+bench-%: $(READY)  ## one benchmark: allocator, evolution, search or trainer
 	$(BIN)/python benchmarks/bench_$*.py
 
 bench-trainer: $(FLOWER)  # Flower, a rival, needs an environment of its own: its pins are strict

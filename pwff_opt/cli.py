@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -105,7 +106,10 @@ def show(run: RunArgument) -> None:
     table = folder.table("front.csv")
     if table is None:
         state = folder.info().get("status", "not begun") if folder.scenario() else ""
-        raise RunError(f"{run} has no front yet (its status is {state!r}); run: pwff-opt front")
+        raise RunError(
+            f"{run} has no front yet (its status is {state!r}); `pwff-opt front` makes one, or goes on with "
+            "it"
+        )
     _print_front(folder)
 
 
@@ -169,8 +173,8 @@ def scenario_init(
     """Write a commented scenario file to start from; it never replaces a file."""
     text, _ = scenario_text(source)
     if path.stem.isprintable():
-        name = json.dumps(path.stem, ensure_ascii=False)
-        text = text.replace(f'name = "{source}"', f"name = {name}", 1)
+        own = f"name = {json.dumps(path.stem, ensure_ascii=False)}"
+        text = re.sub("^name *=.*$", lambda _: own, text, count=1, flags=re.MULTILINE)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -300,7 +304,9 @@ def _begin(
     data = evaluator.summary
     run.begin(
         **values,
-        trained_on=str(evaluator.material.backbone.device),
+        computed_on=sorted(
+            {*run.info().get("computed_on", []), str(evaluator.material.backbone.device)}
+        ),
         baseline=data.baseline,
         baseline_per_device=data.baseline_per_device,
         baseline_name=data.baseline_name,

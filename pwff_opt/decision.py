@@ -35,7 +35,7 @@ class LayerState(IntEnum):
 
 MOST_ROUNDS = 10_000  # that a text may ask for: a slip of the finger must not take all memory
 _LETTERS = "fpa"
-_RANKS = r"\d{1,4000}(?:,\d{1,4000})*"  # Python reads no numbers of more digits than 4300
+_RANKS = r"[0-9]{1,4000}(?:,[0-9]{1,4000})*"  # Python reads no numbers of more digits than 4300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,7 @@ class Schedule:
         """Read the text of a schedule; ``2x`` before a decision repeats it."""
         rounds: list[RoundDecision] = []
         for part in text.split():
-            match = re.fullmatch(rf"(?:(\d{{1,4000}})x)?({_RANKS}:[fpa]+)", part)
+            match = re.fullmatch(rf"(?:([0-9]{{1,4000}})x)?({_RANKS}:[fpa]+)", part)
             if match is None:
                 raise DecisionError(
                     "a schedule must read like '4x8:ffffpa 2x4:ffffaa' (rounds x rank, or one rank a "

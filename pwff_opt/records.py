@@ -214,8 +214,8 @@ class RunFolder:
                 raise ValueError(f"one row must be the knee, got {table['knee'].sum()}")
         except (ValueError, OSError) as error:
             raise RunError(
-                f"{path} is damaged: {error}; delete it and run the same front again: it is made anew, and "
-                "what checkpoints hold is not trained again"
+                f"{path} is damaged: {error}; delete it and give the same commands (front, train) again: it "
+                "is made anew, and what checkpoints hold is not trained again"
             ) from error
         return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,8 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
-    if device is None:
-        return
+    if device is None:  # a GPU is not asked for, nor by a process that a test starts
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        device = "cpu"
     if device == "elsewhere":
         from elsewhere import install
 

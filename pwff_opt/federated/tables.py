@@ -13,6 +13,17 @@ from pwff_opt.errors import DataError
 from pwff_opt.scenario import Data
 
 
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Read texts as written: no "None" becomes missing, no "01" becomes 1."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes what is over as the rows' names
+        raise ValueError(
+            f"rows must have no more fields than the header, which has {len(table.columns)}; a text with "
+            "commas must be in quotes"
+        )
+    return table
+
+
 def _read_jsonl(path: Path) -> pd.DataFrame:
     """Read a row a line; some that are published hold one array of rows."""
     try:
@@ -28,8 +39,7 @@ FOLDER = "folder"
 """Column that is added to a table of several files: the folders that a row's file is in, as "a/b"."""
 
 _READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
-    # As written: no "None" becomes missing, no "01" becomes 1.
-    ".csv": lambda path: pd.read_csv(path, dtype=str, keep_default_na=False),
+    ".csv": _read_csv,
     ".parquet": pd.read_parquet,
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
@@ -106,17 +116,15 @@ def _read_tables(path: Path) -> pd.DataFrame:
     """Read one file, or all files of a folder that end in one of the known ways."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     tables = [(file, _reader(file)) for file in files if file.is_file()]
-    try:
-        read = [
-            _with_folder(reader(file), file.relative_to(path).parts if path.is_dir() else ())
-            for file, reader in tables
-            if reader is not None
-        ]
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"data.path {str(path)!r} could not be read: {error}") from error
+    read = [
+        _with_folder(_read(file, reader), file.relative_to(path).parts if path.is_dir() else ())
+        for file, reader in tables
+        if reader is not None
+    ]
     if not read:
+        told = "" if path.exists() else ", which is not there"
         raise DataError(
-            f"data.path must name a {', '.join(_READERS)} file or a folder of them, got {str(path)!r}"
+            f"data.path must name a {', '.join(_READERS)} file or a folder of them, got {str(path)!r}{told}"
         )
     whole = pd.concat(read, ignore_index=True)
     if len(read) > 1:
@@ -125,6 +133,16 @@ def _read_tables(path: Path) -> pd.DataFrame:
             name: list(table.columns) for name, table in zip(names, read, strict=True)
         }
     return whole
+
+
+def _read(file: Path, reader: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
+    try:
+        return reader(file)
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.path {str(file)!r} must be in UTF-8: {error}") from error
+    except (ValueError, OSError, EOFError) as error:
+        told = str(error).strip()
+        raise DataError(f"data.path {str(file)!r} could not be read: {told}") from error
 
 
 def _with_folder(table: pd.DataFrame, parts: Sequence[str]) -> pd.DataFrame:

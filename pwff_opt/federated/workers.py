@@ -138,8 +138,12 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+# Of the CPU's allocator, of CUDA, and of its libraries, which have an allocator of their own.
+_NO_MEMORY = ("t allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Return whether torch (or Python) ran out of memory; on a CPU torch raises a plain RuntimeError."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "t allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )

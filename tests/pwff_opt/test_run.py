@@ -21,7 +21,7 @@ from pwff_opt.cli import scenario_check
 from pwff_opt.errors import DecisionError, RunError, ScenarioError
 from pwff_opt.figures import _baseline
 from pwff_opt.records import Journal, Past, RunFolder, write_atomically
-from pwff_opt.scenario_io import parse_scenario
+from pwff_opt.scenario_io import parse_scenario, read_scenario
 
 COMMAND = [sys.executable, "-c", "from pwff_opt.cli import main; main()"]
 TRAININGS = 5
@@ -55,7 +55,7 @@ def test_a_run_leaves_everything_behind(finished: tuple[Path, str], scenario_fil
     info = json.loads((out / "run.json").read_text())
     assert info["status"] == "done"
     assert info["versions"]["torch"] == "2.13.0+cpu" or info["versions"]["torch"].startswith("2.13")
-    assert info["trained_on"] in ("cpu", "cuda")  # a process of its own, whatever --device says
+    assert info["computed_on"] == ["cpu"]  # in a process of its own, whatever --device says
     assert info["started"] <= info["ended"]
     front = pd.read_csv(out / "front.csv")
     wanted = {"energy_j", "delay_s", "accuracy", "accuracy_worst_device", "price_of_time_w"}
@@ -303,9 +303,22 @@ def test_mistakes_get_one_clear_error(
 def test_scenario_init_writes_a_good_file_once(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     pwff_opt("scenario", "init", path)
-    assert 'name = "mine"' in path.read_text()
+    assert read_scenario(path).name == "mine"
     assert "is good: 4 devices" in pwff_opt("scenario", "check", path).stdout
     assert "exists already" in refused("scenario", "init", path)
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [('a "b"', 'a "b"'), ("a\\b", "a\\b"), ("für dich", "für dich"), ("two\nlines", "hutto")],
+)
+def test_a_scenario_is_named_after_its_file(tmp_path: Path, stem: str, name: str) -> None:
+    first, second = tmp_path / f"{stem}.toml", tmp_path / "copy.toml"
+    cli.scenario_init(first)
+    assert read_scenario(first).name == name
+    cli.scenario_init(second, source=str(first))
+    assert read_scenario(second).name == "copy"
+    assert second.read_text().count("name =") == first.read_text().count("name =")
 
 
 def test_two_processes_never_share_a_folder(tmp_path: Path, small_text: str) -> None:
@@ -499,13 +512,16 @@ def test_check_looks_at_data_and_model_without_torch(own: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "said"),
     [
-        ("path", "gone.csv", "gone.csv"),
+        ("path", "gone.csv", "gone.csv', which is not there"),
         ("path", "/etc/passwd", "data.path must name a .csv"),
         ("text_column", "words", "lacks ['words']"),
         ("label_column", "mood", "lacks ['mood']"),
         ("domain_column", "town", "lacks ['town']"),
         ("label_column", "one", "at least 2 classes, got 1"),
-        ("path", "latin.csv", "could not be read"),
+        ("path", "latin.csv", "latin.csv' must be in UTF-8"),
+        ("path", "commas.csv", "rows must have no more fields than the header, which has 3"),
+        ("path", "comma.csv", "comma.csv' could not be read: Error tokenizing data"),
+        ("path", "header.csv", "got 0 in column 'label'"),
         ("path", "empty.csv", "could not be read"),
         (
             "path",
@@ -522,6 +538,9 @@ def test_check_names_what_no_training_could_begin_with(
     table[:60].to_csv(folder / "few.csv", index=False)
     (folder / "latin.csv").write_bytes("text,label,shop\ncaf\u00e9,good,a\n".encode("latin-1"))
     (folder / "empty.csv").write_text("")
+    (folder / "header.csv").write_text("text,label,shop\n")
+    (folder / "commas.csv").write_text("text,label,shop\nOh, good,good,a\nOh, bad,bad,a\n")
+    (folder / "comma.csv").write_text("text,label,shop\nfine,good,a\nOh, bad,bad,a\n")
     lines = [line for line in own.read_text().splitlines() if not line.startswith(f"{column} =")]
     text = "\n".join(lines).replace("[data]", f'[data]\n{column} = "{value}"')
     scenario_check(str(own))

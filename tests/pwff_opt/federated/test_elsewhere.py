@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,10 @@ def test_rounds_of_every_stage_on_another_device(request: pytest.FixtureRequest)
     """In a process of its own, for torch never forgets a device."""
     if request.config.getoption("--device"):
         pytest.skip("is what runs")
-    names = ["trainer", "language", "masked", "alignment_rounds", "rewards", "elsewhere"]
-    files = [HERE / f"test_{name}.py" for name in names]
-    chosen = "equals_plain_peft or resumed or one_wish or reward or elsewhere"
+    some = ["trainer", "language", "masked", "alignment_rounds", "sparse_attention"]
+    whole = ["rewards", "generation", "features", "elsewhere"]
+    files = [HERE / f"test_{name}.py" for name in some + whole]
+    chosen = " or ".join(["equals_plain_peft", "resumed", "one_wish", *whole])
     options = ["-q", "-p", "no:cacheprovider", "--device", "elsewhere", "-k", chosen]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files],
@@ -75,9 +77,28 @@ def test_it_computes_what_the_cpu_does_and_back(elsewhere: torch.device) -> None
 
 def test_it_refuses_what_a_gpu_refuses(elsewhere: torch.device) -> None:
     x, y = torch.ones(2, device=elsewhere), torch.ones(2)
-    for mixed in (lambda: x + y, lambda: torch.cat([x, y]), lambda: y.add_(x)):
+    here, there = torch.tensor([0, 1]), torch.tensor([0, 1], device=elsewhere)
+    count = torch.zeros(())
+    for mixed in (
+        lambda: x + y,
+        lambda: torch.cat([x, y]),
+        lambda: torch.stack([x[0], y[0]]),
+        lambda: y.add_(x),
+        lambda: count.add_(x[0]),
+        lambda: here[there],
+        lambda: operator.setitem(there, there, here),
+        lambda: x.index_select(0, torch.tensor(1)),
+        lambda: torch._fused_adamw_(
+            *([t] for t in (x, x, x, x)), [], [count],
+            lr=0.1, beta1=0.9, beta2=0.9, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+        ),
+    ):  # fmt: skip
         with pytest.raises(RuntimeError, match="one device"):
             mixed()
+    with pytest.raises(RuntimeError, match="generator"):
+        x.uniform_(generator=torch.Generator())
+    with pytest.raises(RuntimeError, match="memory"):
+        x.data_ptr()
     with pytest.raises(RuntimeError, match="numpy"):
         x.numpy()
     with pytest.raises(NotImplementedError, match="mkldnn"):

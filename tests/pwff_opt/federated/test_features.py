@@ -37,21 +37,20 @@ def hidden(evaluator: FederatedEvaluator, schedule: Schedule, device: int) -> tu
     level = trainer._level(decision)
     own, batch = state.devices[device], evaluator.material.shards[device].validation
     scale = trainer._scale(decision.ranks[device])
-    packed = Packed.of(evaluator.material.stage.tokens, [batch])
+    packed = Packed.of(evaluator.material.stage.tokens, [batch], device=backbone.device)
     with torch.inference_mode():
         known = below(own, level)
         cached = trainer.features.start(level, [device], [batch], [known], [scale], 1.0)
         whole = backbone.run(
             packed,
-            Stack([own], [scale]),
+            Stack([trainer._moved(own)], [scale]),
             backbone.embed(packed),
             stop=level.layer,
             completed=level.completed,
         )
-    return cached.hidden, whole
+    return cached.hidden.cpu(), whole.cpu()
 
 
-@pytest.mark.on_cpu
 @pytest.mark.parametrize("budget", [4e9, 0.0])
 def test_never_stale(small: Scenario, tmp_path: Path, budget: float) -> None:
     scenario = replace(small, training=replace(small.training, feature_cache_byte=budget))
@@ -112,7 +111,6 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert "raise training.feature_cache_byte" in evaluation.reason
 
 
-@pytest.mark.on_cpu
 @pytest.mark.parametrize("text", ["1x2:paa 1x2:ffa", "1x0:pap 1x0:fap"])
 def test_devices_that_read_the_same_text_do_not_read_each_other(
     small: Scenario, tmp_path: Path, text: str
@@ -125,24 +123,24 @@ def test_devices_that_read_the_same_text_do_not_read_each_other(
     level = trainer._level(schedule.rounds[-1])
     scale = trainer._scale(schedule.rounds[-1].ranks[0])
     batch = evaluator.material.shards[2].test[:4]
-    packed = Packed.of(evaluator.material.stage.tokens, [batch])
+    packed = Packed.of(evaluator.material.stage.tokens, [batch], device=backbone.device)
     for device in (0, 2, 1, 2, 0):
         own = state.devices[device]
         known = below(own, level)
         start = trainer.features.start(level, [device], [batch], [known], [scale], 1.0)
         with torch.no_grad():
             embedded = backbone.embed(packed)
-            stack = Stack([own], [scale])
+            stack = Stack([trainer._moved(own)], [scale])
             options = {"stop": level.layer, "completed": level.completed}
             whole = backbone.run(packed, stack, embedded, **options)
-        torch.testing.assert_close(start.hidden, whole, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(start.hidden.cpu(), whole.cpu(), rtol=1e-5, atol=1e-5)
         if start.projected is not None:
             projected = backbone.project(level.layer, whole)
-            torch.testing.assert_close(start.projected, projected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(start.projected.cpu(), projected.cpu(), rtol=1e-5, atol=1e-5)
         assert not start.hidden.is_inference()
         with torch.no_grad():  # a start is not used up
             first, again = (backbone.run(packed, stack, start) for _ in range(2))
-        assert torch.equal(first, again)
+        assert torch.equal(first.cpu(), again.cpu())
 
 
 def test_a_budget_beyond_the_memory_falls_back_on_files(

@@ -99,7 +99,8 @@ def blocks(backbone: Backbone, seed: int) -> Tensors:
         own |= fresh_adapter(layer, hidden=32, width=4, seed=seed)
         shapes = backbone.lora_shapes(layer)
         own |= fresh_lora(layer, 2, shapes, seed=seed, round=0, device=0)
-    return {name: t + 0.3 * torch.randn(t.shape, generator=rng) for name, t in own.items()}
+    moved = {name: t + 0.3 * torch.randn(t.shape, generator=rng) for name, t in own.items()}
+    return {name: t.to(backbone.device) for name, t in moved.items()}
 
 
 def test_likeliest_answers_are_those_of_transformers(
@@ -126,7 +127,6 @@ def test_likeliest_answers_are_those_of_transformers(
     assert ended > 0 or len(set(map(tuple, ours))) > 1
 
 
-@pytest.mark.on_cpu
 def test_every_device_answers_by_its_own_blocks(backbone: Backbone, prompts: Tokens) -> None:
     """Token by token with remembered keys, against whole sequences again and again."""
     devices = [blocks(backbone, 1), {}, blocks(backbone, 2)]
@@ -140,7 +140,7 @@ def test_every_device_answers_by_its_own_blocks(backbone: Backbone, prompts: Tok
         known = text(prompts, int(number))[0].numpy()
         for token in answer:
             so_far = Tokens(ids=known, offsets=np.array([0, len(known)]), pad_id=0)
-            packed = Packed.of(so_far, [np.array([0])])
+            packed = Packed.of(so_far, [np.array([0])], device=backbone.device)
             with torch.inference_mode():
                 hidden = backbone.run(packed, stack, backbone.embed(packed))
                 logits = backbone.tokens(packed.last(hidden))
@@ -173,12 +173,11 @@ def test_draws_follow_the_model(
     assert chisquare(np.bincount(groups, seen)[there], expected[there]).pvalue > 1e-3
 
 
-@pytest.mark.on_cpu
 def test_log_probabilities_of_answers(
     backbone: Backbone, plain: LlamaForCausalLM, prompts: Tokens
 ) -> None:
     order, starts = np.array([2, 0, 5, 1]), np.array([4, 1, 6, 1])
-    packed = Packed.of(prompts, [order[:3], order[3:]])
+    packed = Packed.of(prompts, [order[:3], order[3:]], device=backbone.device)
     with torch.inference_mode():
         hidden = backbone.run(packed, Stack([{}, {}], [1.0, 1.0]), backbone.embed(packed))
         scored = Scored.next_tokens(packed, starts)
@@ -191,7 +190,6 @@ def test_log_probabilities_of_answers(
             assert int(scored.counts[place]) == ids.shape[1] - start
 
 
-@pytest.mark.on_cpu
 def test_those_that_end_early_are_left_behind(backbone: Backbone, prompts: Tokens) -> None:
     """An answer is what comes before its first end, whoever else goes on, and however long."""
     rng = np.random.default_rng(9)
