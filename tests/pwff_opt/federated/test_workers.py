@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pwff_opt.errors import DecisionError
-from pwff_opt.federated.workers import Workers, companies, go_on
+from pwff_opt.federated.workers import Workers, companies, go_on, out_of_memory
 
 
 def test_results_are_in_order_and_each_is_told_when_it_ends() -> None:
@@ -92,3 +92,18 @@ def test_a_long_item_ends_at_its_next_step_when_another_fails(
 def test_a_number_of_workers_that_makes_no_sense(count: Any) -> None:
     with pytest.raises(DecisionError, match="workers must be a whole number of at least 1, got"):
         Workers(count)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:119] can't allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_what_says_that_memory_ended(error: Exception, is_memory: bool) -> None:
+    assert out_of_memory(error) is is_memory
