@@ -46,7 +46,10 @@ def model_source(source: str, *, folder: str | Path = ".") -> str:
             )
         return str(fetched)
     local = Path(folder) / source
-    return str(local) if local.is_dir() else source
+    try:
+        return str(local) if local.is_dir() else source
+    except OSError as error:
+        raise ModelError(f"model.source {source!r} cannot be looked for: {error}") from error
 
 
 def portable_name(source: str, *, folder: str | Path = ".") -> str:

@@ -89,9 +89,8 @@ class Elsewhere(torch.Tensor):
 def install() -> None:
     """Make the device known to torch, for the rest of the process: it cannot be undone."""
     _setup_privateuseone_for_python_backend(NAME)
-    torch.get_device_module(
-        NAME
-    ).get_amp_supported_dtype = list  # torch's checkpointing asks for it
+    device: Any = torch.get_device_module(NAME)
+    device.get_amp_supported_dtype = list  # torch's checkpointing asks for it
     for name in _MAKING:
         operation, _, overload = name.partition(".")
         make = getattr(getattr(_aten, operation), overload or "default")

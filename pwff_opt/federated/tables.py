@@ -114,21 +114,26 @@ def _reader(path: Path) -> Callable[[Path], pd.DataFrame] | None:
 
 def _read_tables(path: Path) -> pd.DataFrame:
     """Read one file, or all files of a folder that end in one of the known ways."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    tables = [(file, _reader(file)) for file in files if file.is_file()]
+    try:
+        is_folder = path.is_dir()
+        candidates = sorted(path.rglob("*")) if is_folder else [path]
+        files = [file for file in candidates if file.is_file()]
+        there = path.exists()
+    except OSError as error:
+        raise DataError(f"data.path {str(path)!r} cannot be looked into: {error}") from error
+    tables = [(file, reader) for file in files if (reader := _reader(file)) is not None]
     read = [
-        _with_folder(_read(file, reader), file.relative_to(path).parts if path.is_dir() else ())
+        _with_folder(_read(file, reader), file.relative_to(path).parts if is_folder else ())
         for file, reader in tables
-        if reader is not None
     ]
     if not read:
-        told = "" if path.exists() else ", which is not there"
+        told = "" if there else ", which is not there"
         raise DataError(
             f"data.path must name a {', '.join(_READERS)} file or a folder of them, got {str(path)!r}{told}"
         )
     whole = pd.concat(read, ignore_index=True)
     if len(read) > 1:
-        names = [str(file.relative_to(path)) for file, reader in tables if reader is not None]
+        names = [str(file.relative_to(path)) for file, _ in tables]
         whole.attrs["files"] = {
             name: list(table.columns) for name, table in zip(names, read, strict=True)
         }

@@ -514,6 +514,7 @@ def test_check_looks_at_data_and_model_without_torch(own: Path) -> None:
     [
         ("path", "gone.csv", "gone.csv', which is not there"),
         ("path", "/etc/passwd", "data.path must name a .csv"),
+        ("path", "x" * 300, "cannot be looked into: [Errno 36] File name too long"),
         ("text_column", "words", "lacks ['words']"),
         ("label_column", "mood", "lacks ['mood']"),
         ("domain_column", "town", "lacks ['town']"),
@@ -566,13 +567,14 @@ def test_check_names_what_no_training_could_begin_with(
             "devices[0].memory_byte must be at least",
         ),
         ("[model]\n", '[model]\nsource = "./nomodel"\n', "'./nomodel' could not be fetched"),
+        ("[model]\n", f'[model]\nsource = "{"x" * 300}"\n', "cannot be looked for: [Errno 36]"),
     ],
 )
 def test_check_names_a_model_that_is_missing_or_too_large(
     own: Path, old: str, new: str, said: str
 ) -> None:
     text = own.read_text()
-    if "nomodel" in new:
+    if "source" in new:
         text = "\n".join(line for line in text.splitlines() if "/model" not in line) + "\n"
     assert old in text
     own.write_text(text.replace(old, new, 1))

@@ -24,6 +24,7 @@ def elsewhere(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("elsewhere")
 
 
+@pytest.mark.timeout(1500)  # a suite of its own, in which each test has the usual limit
 def test_rounds_of_every_stage_on_another_device(request: pytest.FixtureRequest) -> None:
     """In a process of its own, for torch never forgets a device."""
     if request.config.getoption("--device"):
