@@ -227,11 +227,11 @@ def data_fetch(
 
 
 def main() -> None:
-    """Run the command line; a deliberate error is one message and exit status 2."""
+    """Run the command line; a deliberate error, or what the system refuses, is one message and status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()
-    except PwffError as error:
+    except (PwffError, OSError) as error:
         Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
             f"error: {error}", style="red"
         )

@@ -321,6 +321,11 @@ def test_a_scenario_is_named_after_its_file(tmp_path: Path, stem: str, name: str
     assert second.read_text().count("name =") == first.read_text().count("name =")
 
 
+@pytest.mark.parametrize("command", [("scenario", "check"), ("show",)])
+def test_what_the_system_refuses_is_one_message(command: tuple[str, ...]) -> None:
+    assert "File name too long" in refused(*command, "x" * 300)
+
+
 def test_two_processes_never_share_a_folder(tmp_path: Path, small_text: str) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
