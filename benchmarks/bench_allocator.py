@@ -8,7 +8,7 @@ Cells: gains over three decades, payloads of 0.2 to 2 Mbit, works of 1 to 10 Gcy
 the price of time of the ``LeastEnergy`` optimum, so that both end at the same point.
 
 The rival is compiled once with parameters (DPP) and pays for setting them and for solving, not for
-compiling; see ``pwff_solvers.allocation.oracle``.  *fixed*: frequencies held at the optimum's, for
+compiling; see ``pwff_solvers.extras.oracle``.  *fixed*: frequencies held at the optimum's, for
 both sides (``frequency_min_hz = frequency_max_hz``).  *joint*: everything free, as a geometric program
 that is exact (quadrature).  *joint, cones*: a stronger rival of our own making, second-order and
 exponential cones in natural variables with ``(e^z-1)/z`` fitted to 2e-7, as an expert might find.
@@ -35,8 +35,15 @@ import cvxpy as cp
 import numpy as np
 from harness import machine, parser, versions, write
 
-from pwff_solvers.allocation import Batch, LeastEnergy, Objective, Shortest, Weighted, solve
-from pwff_solvers.allocation.oracle import CvxpyFixed, CvxpyJoint, OracleSolve
+from pwff_solvers.allocation import (
+    Batch,
+    LeastEnergy,
+    Objective,
+    Shortest,
+    Weighted,
+    solve,
+)
+from pwff_solvers.extras.oracle import CvxpyFixed, CvxpyJoint, OracleSolve
 
 PACKAGES = ("numpy", "scipy", "numba", "cvxpy", "clarabel")
 ROUND_FACTORS = (1.2, 1.5, 2.0, 3.0, 5.0, 10.0)

@@ -48,11 +48,11 @@ from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
 from pymoo.problems.static import StaticProblem
 
 from pwff_opt import Planner, Schedule, Workload, read_scenario
-from pwff_opt.decision import LayerState, RoundDecision
-from pwff_opt.planning import Curve
+from pwff_opt.planning.planner import Curve
+from pwff_opt.scenario.schedule import LayerState, RoundDecision
 from pwff_solvers.allocation import Weighted, solve
-from pwff_solvers.allocation.oracle import CvxpyJoint
 from pwff_solvers.evolution import SetSearch
+from pwff_solvers.extras.oracle import CvxpyJoint
 from pwff_solvers.front import hypervolume, nondominated
 
 FloatArray = NDArray[np.float64]

@@ -42,13 +42,13 @@ import pandas as pd
 from harness import machine, parser, versions, write
 
 from pwff_opt.costs import Workload
-from pwff_opt.decision import Schedule
 from pwff_opt.evaluation import Evaluation, TrainedRound
-from pwff_opt.pareto import Front, pareto_front
-from pwff_opt.planning import Planner
+from pwff_opt.front.front import Front, pareto_front
+from pwff_opt.planning.planner import Planner
 from pwff_opt.scenario import Scenario
-from pwff_opt.scenario_io import read_scenario
-from pwff_opt.search import CONFIDENCE, Evolution, Reference, Surrogate
+from pwff_opt.scenario.files import read_scenario
+from pwff_opt.scenario.schedule import Schedule
+from pwff_opt.search.search import CONFIDENCE, Evolution, Reference, Surrogate
 from pwff_solvers.surrogate import Attained, on_grid
 
 HERE = Path(__file__).resolve().parent
@@ -569,7 +569,7 @@ def figure(rows: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with as_file(files("pwff_opt") / "pwff.mplstyle") as style, plt.style.context(style):
+    with as_file(files("pwff_opt.report") / "pwff.mplstyle") as style, plt.style.context(style):
         drawing, axes = plt.subplots(figsize=(6.0, 3.6), layout="constrained")
         for name, row in rows.items():
             median = np.array(row["trained"]["median"])[:SHOWN]

@@ -61,19 +61,19 @@ from trainer_rival import IntArray, Job, Outcome, PeftModel, load_base
 from transformers import AutoTokenizer
 
 from pwff_opt.costs import Workload
-from pwff_opt.decision import RoundDecision, Schedule
+from pwff_opt.data.corpora import load_corpus
+from pwff_opt.data.models import model_config, model_source
+from pwff_opt.data.partition import partition
 from pwff_opt.evaluation import Evaluation, TrainedRound
-from pwff_opt.federated.blocks import fresh_adapter, fresh_head, fresh_lora
-from pwff_opt.federated.data import load_corpus
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.partition import partition
-from pwff_opt.federated.products import Frozen
-from pwff_opt.federated.trainer import Trainer
-from pwff_opt.models import model_config, model_source
-from pwff_opt.pareto import pareto_front
+from pwff_opt.federated.model.blocks import fresh_adapter, fresh_head, fresh_lora
+from pwff_opt.federated.model.products import Frozen
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
+from pwff_opt.federated.training.trainer import Trainer
+from pwff_opt.front.front import pareto_front
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Scenario
-from pwff_opt.scenario_io import read_scenario
+from pwff_opt.scenario.files import read_scenario
+from pwff_opt.scenario.schedule import RoundDecision, Schedule
 
 HERE = Path(__file__).resolve().parent
 FLOWER = HERE.parent / ".venv-flower"

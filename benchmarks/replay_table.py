@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pwff_opt.decision import Schedule
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.planning import Planner
-from pwff_opt.records import Journal, RunFolder, write_atomically
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
+from pwff_opt.planning.planner import Planner
+from pwff_opt.runs.records import Journal, RunFolder, write_atomically
 from pwff_opt.scenario import Scenario
-from pwff_opt.scenario_io import read_scenario
+from pwff_opt.scenario.files import read_scenario
+from pwff_opt.scenario.schedule import Schedule
 
 HERE = Path(__file__).resolve().parent
 SCENARIO = HERE / "replay.toml"

@@ -4,13 +4,13 @@ The planning API, which needs no torch. What trains is in :mod:`pwff_opt.federat
 """
 
 from pwff_opt.costs import Workload
-from pwff_opt.decision import LayerState, RoundDecision, Schedule
 from pwff_opt.errors import PwffError
 from pwff_opt.evaluation import Evaluation, Evaluator, TrainedRound
-from pwff_opt.pareto import Front, pareto_front
-from pwff_opt.planning import Curve, Plan, Planner
+from pwff_opt.front.front import Front, pareto_front
+from pwff_opt.planning.planner import Curve, Plan, Planner
 from pwff_opt.scenario import Scenario
-from pwff_opt.scenario_io import read_scenario
+from pwff_opt.scenario.files import read_scenario
+from pwff_opt.scenario.schedule import LayerState, RoundDecision, Schedule
 
 __all__ = [
     "Curve",

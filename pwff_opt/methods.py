@@ -21,10 +21,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from pwff_opt.costs import Architecture
-from pwff_opt.decision import LayerState, RoundDecision, Schedule
+from pwff_opt.data.models import model_config, model_source
 from pwff_opt.errors import DecisionError
-from pwff_opt.models import model_config, model_source
 from pwff_opt.scenario import Scenario
+from pwff_opt.scenario.schedule import LayerState, RoundDecision, Schedule
 
 RANK = 8
 MIXED_RANKS = (2, 4, 8)

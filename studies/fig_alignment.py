@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from pwff_opt.errors import RunError
-from pwff_opt.records import write_atomically
+from pwff_opt.runs.records import write_atomically
 
 TWO_COLUMNS_IN = 7.16
 BLUE, ORANGE, GREEN, PURPLE, BLACK, GREY = (
@@ -67,7 +67,7 @@ def figure(folder: Path) -> list[Path]:
     if not source.is_file():
         raise RunError(f"{folder} has no alignment.csv; run: python studies/run_alignment.py")
     rows = pd.read_csv(source)
-    with as_file(files("pwff_opt") / "pwff.mplstyle") as style, plt.style.context(style):
+    with as_file(files("pwff_opt.report") / "pwff.mplstyle") as style, plt.style.context(style):
         sheet, (left, right) = plt.subplots(
             1, 2, figsize=(TWO_COLUMNS_IN, 2.9), layout="constrained", width_ratios=(1.0, 1.05)
         )

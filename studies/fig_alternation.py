@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from pwff_opt.errors import RunError
-from pwff_opt.records import RunFolder, write_atomically
+from pwff_opt.runs.records import RunFolder, write_atomically
 
 ONE_COLUMN_IN = 3.5
 # start: label, marker, colour; the markers alone tell them apart in black and white
@@ -43,7 +43,7 @@ def alternation_figure(folder: RunFolder) -> list[Path]:
     table, passes = folder.table("alternation.csv"), folder.table("passes.csv")
     if table is None or passes is None:
         raise RunError(f"{folder.path} has no results; run: python studies/run_alternation.py")
-    with as_file(files("pwff_opt") / "pwff.mplstyle") as style, plt.style.context(style):
+    with as_file(files("pwff_opt.report") / "pwff.mplstyle") as style, plt.style.context(style):
         figure, (ends, course) = plt.subplots(
             2, 1, figsize=(ONE_COLUMN_IN, 4.7), layout="constrained"
         )

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from pwff_opt.figures import front_figure
-from pwff_opt.records import RunFolder
+from pwff_opt.report.figures import front_figure
+from pwff_opt.runs.records import RunFolder
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:

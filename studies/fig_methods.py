@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from pwff_opt.errors import RunError
-from pwff_opt.records import RunFolder, write_atomically
+from pwff_opt.runs.records import RunFolder, write_atomically
 
 TWO_COLUMNS_IN = 7.16
 TITLES = {
@@ -77,7 +77,7 @@ def methods_figure(folder: RunFolder, against: str = "energy_j") -> list[Path]:
     settings = list(dict.fromkeys(table["setting"]))
     columns = min(3, len(settings) + 1)
     rows = math.ceil((len(settings) + 1) / columns)  # one place is the legend's
-    with as_file(files("pwff_opt") / "pwff.mplstyle") as style, plt.style.context(style):
+    with as_file(files("pwff_opt.report") / "pwff.mplstyle") as style, plt.style.context(style):
         figure, axes = plt.subplots(
             rows, columns, figsize=(TWO_COLUMNS_IN, 2.5 * rows), layout="constrained", squeeze=False
         )

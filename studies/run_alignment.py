@@ -23,8 +23,8 @@ whatever the variant; ``preferred_AXIS``, the probability
 that someone who cares for this axis alone prefers it; ``liking``, the same for the device's own user, and
 ``liking_of_others``, for a user of the opposite weights; ``perplexity`` on pages of the web that nothing was
 trained on (what was forgotten).  Means of the rounds: ``conflict``, ``stationarity`` (see
-``pwff_opt.federated.reconcile``), ``loss_spread``, the standard deviation of the loss between devices; and
-``weight_unrest``, the standard deviation over rounds of what the gradient of helpfulness weighs.
+``pwff_opt.federated.training.reconcile``), ``loss_spread``, the standard deviation of the loss between
+devices; and ``weight_unrest``, the standard deviation over rounds of what the gradient of helpfulness weighs.
 Costs are those of the least-energy plan within a deadline common to all variants, 1.5 times the longest of
 their shortest delays.
 
@@ -51,17 +51,17 @@ import torch
 from transformers import AutoTokenizer
 
 from pwff_opt import Planner, Scenario, Schedule, methods, read_scenario
+from pwff_opt.data.conversations import AXES, general_texts
+from pwff_opt.data.packages import fetch
 from pwff_opt.errors import PwffError
-from pwff_opt.evaluation import learning_key
-from pwff_opt.federated.backbone import NOTHING
-from pwff_opt.federated.conversations import AXES, general_texts
-from pwff_opt.federated.encoding import encode_texts
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.packages import fetch
-from pwff_opt.federated.passes import Passes
+from pwff_opt.federated.model.backbone import NOTHING
+from pwff_opt.federated.model.passes import Passes
+from pwff_opt.federated.model.workers import Workers, one_thread_each
 from pwff_opt.federated.stages import Causal
-from pwff_opt.federated.workers import Workers, one_thread_each
-from pwff_opt.records import write_atomically
+from pwff_opt.federated.text.encoding import encode_texts
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
+from pwff_opt.runs.identity import learning_key
+from pwff_opt.runs.records import write_atomically
 
 DEPTH, RANK = 6, 8
 """Layers that are trained, the upper ones, and rank of their LoRA."""

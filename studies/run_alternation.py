@@ -40,8 +40,14 @@ import numpy as np
 import pandas as pd
 from scipy.special import lambertw
 
-from pwff_opt.records import RunFolder
-from pwff_solvers.allocation import Batch, LeastEnergy, Shortest, Status, solve
+from pwff_opt.runs.records import RunFolder
+from pwff_solvers.allocation import (
+    Batch,
+    LeastEnergy,
+    Shortest,
+    Status,
+    solve,
+)
 
 BLOCKS = ("published", "wide")
 STARTS = ("longest", "half", "payload", "inverse_gain")

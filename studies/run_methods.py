@@ -51,10 +51,10 @@ import pandas as pd
 
 from pwff_opt import Planner, Scenario, Schedule, Workload
 from pwff_opt.errors import PwffError
-from pwff_opt.evaluation import learning_key
 from pwff_opt.methods import METHODS, Method, apply, schedule
-from pwff_opt.records import RunFolder, write_atomically
-from pwff_opt.scenario_io import parse_scenario
+from pwff_opt.runs.identity import learning_key
+from pwff_opt.runs.records import RunFolder, write_atomically
+from pwff_opt.scenario.files import parse_scenario
 from pwff_solvers.allocation import Shortest, solve
 
 SCENARIO = Path(__file__).parent / "scenarios" / "methods.toml"
@@ -148,7 +148,7 @@ def write_own_class(path: Path, own: str, devices: int, per_device: int) -> None
     The last holds all texts of that class and as many others; what is dealt does not depend on the seed
     of the study, which draws from it.
     """
-    from pwff_opt.federated.data import load_corpus
+    from pwff_opt.data.corpora import load_corpus
     from pwff_opt.scenario import Data
 
     if path.is_file():
@@ -190,7 +190,7 @@ class Group:
 
     def train(self, method: str) -> dict[str, Any]:
         """Train and test a method; return its row."""
-        from pwff_opt.federated.evaluator import FederatedEvaluator
+        from pwff_opt.federated.training.evaluator import FederatedEvaluator
 
         start, cpu = time.perf_counter(), time.process_time()
         scenario, plan = self.configured(method)

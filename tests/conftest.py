@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from pwff_opt.federated import backbone
-from pwff_opt.models import model_source
+from pwff_opt.data.models import model_source
+from pwff_opt.federated.model import backbone
 
 sys.path.insert(0, str(Path(__file__).parent))  # for elsewhere
 

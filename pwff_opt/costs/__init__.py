@@ -17,8 +17,7 @@ from pwff_opt.costs.memory import (
     weights_byte,
 )
 from pwff_opt.costs.payload import broadcast_payload_bit, uplink_payload_bit
-from pwff_opt.costs.round import CostModel, Demand
-from pwff_opt.costs.stages import (
+from pwff_opt.costs.steps import (
     LocalStep,
     Preferences,
     Rewards,
@@ -32,8 +31,6 @@ from pwff_opt.costs.workload import Workload, attention_span, masked
 __all__ = [
     "Architecture",
     "Blocks",
-    "CostModel",
-    "Demand",
     "LocalStep",
     "Preferences",
     "Rewards",

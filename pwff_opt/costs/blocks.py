@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from pwff_opt.costs.architecture import Architecture
-from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError, ModelError
 from pwff_opt.scenario import LoraRule, Scenario, UploadDtype
+from pwff_opt.scenario.schedule import LayerState
 
 Factors = Literal["", "A", "B", "AB"]
 """Factors of a LoRA, A: [rank, in], B: [out, rank]."""

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from pwff_opt.costs.architecture import Architecture
 from pwff_opt.costs.blocks import Blocks, Factors, check_states, lowest_trained
-from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError
+from pwff_opt.scenario.schedule import LayerState
 
 Quantity: TypeAlias = int | float | NDArray[Any]
 """One number, or one per device."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pwff_opt.costs import memory_bert, memory_llama
 from pwff_opt.costs.architecture import Architecture
 from pwff_opt.costs.blocks import (
     Blocks,
@@ -18,8 +17,10 @@ from pwff_opt.costs.blocks import (
     trained_parameters,
 )
 from pwff_opt.costs.ledger import BYTE, Ledger, Lora, Mode, Sizes
-from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError
+from pwff_opt.families.bert import memory as memory_bert
+from pwff_opt.families.llama import memory as memory_llama
+from pwff_opt.scenario.schedule import LayerState
 
 _LAYERS = {
     "bert": (memory_bert.layer_forward, memory_bert.layer_backward),

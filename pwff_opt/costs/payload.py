@@ -13,9 +13,9 @@ from pwff_opt.costs.blocks import (
     head_parameters,
     lora_parameters,
 )
-from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError
 from pwff_opt.scenario import UploadDtype
+from pwff_opt.scenario.schedule import LayerState
 
 _UPLOAD_BITS: dict[UploadDtype, int] = {"float32": 32, "float16": 16, "int8": 8}
 _SCALE_BITS: dict[UploadDtype, int] = {"float32": 0, "float16": 0, "int8": 32}

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from pwff_opt.federated import kernels
-from pwff_opt.federated.attention import Around
-from pwff_opt.federated.bottleneck import Bottleneck, adapted
-from pwff_opt.federated.families import BertLayer
-from pwff_opt.federated.lanes import LANES
-from pwff_opt.federated.low_rank import LowRank
-from pwff_opt.federated.tokens import Packed, Tokens
+from pwff_opt.federated.model.attention import Around
+from pwff_opt.federated.model.bottleneck import Bottleneck, adapted
+from pwff_opt.federated.model.families import BertLayer
+from pwff_opt.federated.model.low_rank import LowRank
+from pwff_opt.federated.text.tokens import Packed, Tokens
+from pwff_solvers.compiled import transformer as kernels
+from pwff_solvers.compiled.lanes import LANES
 
 
 def main() -> None:

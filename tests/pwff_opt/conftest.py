@@ -14,9 +14,9 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from pwff_opt.models import model_source
+from pwff_opt.data.models import model_source
 from pwff_opt.scenario import Scenario
-from pwff_opt.scenario_io import parse_scenario
+from pwff_opt.scenario.files import parse_scenario
 
 sys.path.insert(0, str(Path(__file__).parent))  # for plain_adapters
 

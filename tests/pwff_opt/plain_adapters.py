@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pwff_opt.federated.adapters import BottleneckAdapter, transformer_layers
+from pwff_opt.federated.model.adapters import BottleneckAdapter, transformer_layers
 
 
 def _apply_adapter(layer: Any, _args: Any, output: Any) -> Any:

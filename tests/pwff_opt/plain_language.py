@@ -23,16 +23,16 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pwff_opt.decision import RoundDecision, Schedule
-from pwff_opt.federated.adapters import transformer_layers
-from pwff_opt.federated.backbone import lora_config
-from pwff_opt.federated.blocks import Tensors, lora_scale
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.exchange import Exchange, State
-from pwff_opt.federated.tokens import Tokens
-from pwff_opt.federated.workers import one_thread_each
-from pwff_opt.models import model_source
+from pwff_opt.data.models import model_source
+from pwff_opt.federated.exchange.exchange import Exchange, State
+from pwff_opt.federated.model.adapters import transformer_layers
+from pwff_opt.federated.model.backbone import lora_config
+from pwff_opt.federated.model.blocks import Tensors, lora_scale
+from pwff_opt.federated.model.workers import one_thread_each
+from pwff_opt.federated.text.tokens import Tokens
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.scenario import Scenario
+from pwff_opt.scenario.schedule import RoundDecision, Schedule
 
 Loss = Callable[[Any, int, Sequence[int]], torch.Tensor]
 """(model, device, batch) -> the loss that a device's step goes down."""

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pwff_opt.decision import Codec, LayerState, RoundDecision, Schedule
 from pwff_opt.errors import DecisionError
 from pwff_opt.scenario import Decisions
+from pwff_opt.scenario.schedule import Codec, LayerState, RoundDecision, Schedule
 
 
 @st.composite

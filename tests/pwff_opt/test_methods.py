@@ -14,10 +14,10 @@ import pytest
 
 from pwff_opt import Planner, Scenario, Schedule, Workload, read_scenario
 from pwff_opt.errors import DecisionError
-from pwff_opt.evaluation import learning_key
 from pwff_opt.methods import ALIGNMENTS, METHODS, Method, apply, schedule
+from pwff_opt.runs.identity import learning_key
 from pwff_opt.scenario import Aggregation, Data, Peft
-from pwff_opt.scenario_io import resolved
+from pwff_opt.scenario.files import resolved
 
 
 def uplink(scenario: Scenario, name: str) -> np.ndarray:
@@ -95,7 +95,7 @@ def replace_head(scenario: Scenario) -> Scenario:
 def test_rules_that_are_the_same_at_equal_ranks(
     small: Scenario, tmp_path: Path, rule: str, same_as: str
 ) -> None:
-    from pwff_opt.federated.evaluator import FederatedEvaluator
+    from pwff_opt.federated.training.evaluator import FederatedEvaluator
 
     losses = []
     for name in (rule, same_as):

@@ -15,8 +15,8 @@ import pytest
 
 from pwff_opt import Evaluation, Planner, Scenario, Schedule, TrainedRound, Workload, pareto_front
 from pwff_opt.errors import DecisionError, InfeasibleError
-from pwff_opt.evaluation import learning_key
-from pwff_opt.pareto import Progress, _probability, _Spread
+from pwff_opt.front.front import Progress, _probability, _Spread
+from pwff_opt.runs.identity import learning_key
 from pwff_solvers.front import hypervolume
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pwff_opt import Planner, Scenario, Schedule, Workload
+from pwff_opt.channel import rate_bps
 from pwff_opt.errors import DecisionError, InfeasibleError, ScenarioError
-from pwff_opt.wireless import rate_bps
 from pwff_solvers.allocation import LeastEnergy, Shortest, Status, solve
 
 
@@ -300,7 +300,7 @@ def test_a_model_too_small_for_the_scenario_is_refused(small: Scenario) -> None:
 
 def test_planning_imports_no_torch() -> None:
     code = (
-        "import sys, pwff_opt, pwff_opt.records, pwff_opt.figures, pwff_opt.cli\n"
+        "import sys, pwff_opt, pwff_opt.runs.records, pwff_opt.report.figures, pwff_opt.cli\n"
         "heavy = {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

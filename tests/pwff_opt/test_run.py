@@ -19,9 +19,9 @@ import pytest
 from pwff_opt import cli
 from pwff_opt.cli import scenario_check
 from pwff_opt.errors import DecisionError, RunError, ScenarioError
-from pwff_opt.figures import _baseline
-from pwff_opt.records import Journal, Past, RunFolder, write_atomically
-from pwff_opt.scenario_io import parse_scenario, read_scenario
+from pwff_opt.report.figures import _baseline
+from pwff_opt.runs.records import Journal, Past, RunFolder, write_atomically
+from pwff_opt.scenario.files import parse_scenario, read_scenario
 
 COMMAND = [sys.executable, "-c", "from pwff_opt.cli import main; main()"]
 TRAININGS = 5

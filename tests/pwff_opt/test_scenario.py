@@ -11,7 +11,7 @@ import pytest
 
 from pwff_opt.errors import ScenarioError
 from pwff_opt.scenario import AVERAGING, Cell, Device, Scenario
-from pwff_opt.scenario_io import (
+from pwff_opt.scenario.files import (
     built_in_names,
     from_resolved,
     parse_scenario,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pwff_opt import Evaluation, Planner, Scenario, Schedule, TrainedRound, Workload
-from pwff_opt import search as search_module
 from pwff_opt.errors import DecisionError, InfeasibleError
-from pwff_opt.search import Evolution, Reference, Surrogate, features, kinds
+from pwff_opt.search import search as search_module
+from pwff_opt.search.search import Evolution, Reference, Surrogate, features, kinds
 from pwff_solvers.surrogate import GaussianProcess
 
 

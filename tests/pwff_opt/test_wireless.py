@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from pwff_opt.channel import channel_gain, fading_gain, mean_gain, rate_bps
 from pwff_opt.scenario import Radio, Scenario
-from pwff_opt.scenario_io import read_scenario
-from pwff_opt.wireless import channel_gain, fading_gain, mean_gain, rate_bps
+from pwff_opt.scenario.files import read_scenario
 
 
 @pytest.fixture(scope="module")

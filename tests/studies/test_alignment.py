@@ -13,13 +13,13 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pwff_opt import read_scenario
+from pwff_opt.data.models import model_source
+from pwff_opt.data.packages import fetch
 from pwff_opt.errors import DataError, RunError
-from pwff_opt.federated.attention import Window
-from pwff_opt.federated.backbone import NOTHING
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.packages import fetch
-from pwff_opt.federated.passes import Passes
-from pwff_opt.models import model_source
+from pwff_opt.federated.model.attention import Window
+from pwff_opt.federated.model.backbone import NOTHING
+from pwff_opt.federated.model.passes import Passes
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 

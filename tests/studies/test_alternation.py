@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pwff_opt.records import RunFolder
+from pwff_opt.runs.records import RunFolder
 from pwff_solvers.allocation import LeastEnergy, solve
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))

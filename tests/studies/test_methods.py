@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
+from pwff_opt.data import corpora as corpora
 from pwff_opt.errors import RunError
-from pwff_opt.federated import data as corpora
-from pwff_opt.federated.aggregation import RULES, Factors
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.records import RunFolder
+from pwff_opt.federated.exchange.rules import RULES, Factors
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
+from pwff_opt.runs.records import RunFolder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 

@@ -8,8 +8,8 @@ Device k is to maximise, over the answers y of its model to prompts x,
 
 with the weight :math:`w_k` of its user (``devices.helpfulness``), :math:`\lambda_1` =
 ``aggregation.proximal``, :math:`\lambda_2` = ``alignment.kl``, and the frozen model without any block as the
-reference.  Each reward is an objective with a loss of its own; :mod:`pwff_opt.federated.reconcile` makes one
-step of their gradients.
+reference.  Each reward is an objective with a loss of its own;
+:mod:`pwff_opt.federated.training.reconcile` makes one step of their gradients.
 
 The published text of PWFF (arXiv 2404.13238) names these parts (two reward models, a personalised loss,
 local multi-objective alignment) without formulas; these are ours.
@@ -28,15 +28,15 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from torch.nn import functional
 
-from pwff_opt.federated.backbone import NOTHING, Backbone
-from pwff_opt.federated.conversations import AXES
-from pwff_opt.federated.encoding import end_id
-from pwff_opt.federated.generation import generate
-from pwff_opt.federated.passes import Passes
-from pwff_opt.federated.rewards import RewardModel
+from pwff_opt.data.conversations import AXES
+from pwff_opt.federated.model.backbone import NOTHING, Backbone
+from pwff_opt.federated.model.generation import generate
+from pwff_opt.federated.model.passes import Passes
 from pwff_opt.federated.stages.language import Scored
+from pwff_opt.federated.stages.rewards import RewardModel
 from pwff_opt.federated.stages.stage import Lesson, Loss
-from pwff_opt.federated.tokens import Indices, Tokens
+from pwff_opt.federated.text.encoding import end_id
+from pwff_opt.federated.text.tokens import Indices, Tokens
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Alignment, Scenario
 

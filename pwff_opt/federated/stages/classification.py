@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from pwff_opt.federated.backbone import Backbone
-from pwff_opt.federated.passes import Passes
+from pwff_opt.federated.model.backbone import Backbone
+from pwff_opt.federated.model.passes import Passes
 from pwff_opt.federated.stages.stage import Loss, Plain
-from pwff_opt.federated.tokens import Indices, Tokens, by_length
+from pwff_opt.federated.text.tokens import Indices, Tokens, by_length
 
 
 class Classification(Plain):

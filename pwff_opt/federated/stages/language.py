@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from pwff_opt.federated.backbone import Backbone
-from pwff_opt.federated.passes import Passes
+from pwff_opt.federated.model.backbone import Backbone
+from pwff_opt.federated.model.passes import Passes
 from pwff_opt.federated.stages.stage import Loss, Plain
-from pwff_opt.federated.tokens import Indices, Packed, Tokens, by_length
+from pwff_opt.federated.text.tokens import Indices, Packed, Tokens, by_length
 
 
 class Language(Plain):

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pwff_opt.federated.passes import Passes
-from pwff_opt.federated.tokens import Indices, Tokens
+from pwff_opt.federated.model.passes import Passes
+from pwff_opt.federated.text.tokens import Indices, Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

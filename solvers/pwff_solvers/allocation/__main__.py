@@ -8,8 +8,14 @@ from __future__ import annotations
 import time
 from typing import Literal, get_args
 
-from pwff_solvers.allocation import Batch, LeastEnergy, Shortest, Weighted, solve
-from pwff_solvers.allocation.elementary import COMPILED
+from pwff_solvers.allocation import (
+    Batch,
+    LeastEnergy,
+    Shortest,
+    Weighted,
+    solve,
+)
+from pwff_solvers.compiled.elementary import COMPILED
 
 Access = Literal["fdma", "tdma"]
 

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pwff_solvers.allocation.batch import Batch, FloatArray
-from pwff_solvers.allocation.elementary import (
+from pwff_solvers.compiled.elementary import (
     COMPILED,
     cbrt,
     entry,

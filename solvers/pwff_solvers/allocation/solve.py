@@ -9,22 +9,19 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pwff_solvers.allocation import (
-    block,
-    certificate,
-    fdma,
-    newton,
-    newton_shortest,
-    newton_tdma,
-    tdma,
-)
+from pwff_solvers.allocation import certificate, registers
 from pwff_solvers.allocation.allocation import Allocation, Status
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.certificate import GAP_TOLERANCE, VIOLATION_TOLERANCE
 from pwff_solvers.allocation.checks import per_instance
-from pwff_solvers.allocation.elementary import COMPILED
 from pwff_solvers.allocation.errors import InvalidInputError
+from pwff_solvers.allocation.fdma import bracketed as fdma
+from pwff_solvers.allocation.fdma import newton
+from pwff_solvers.allocation.fdma import shortest as newton_shortest
 from pwff_solvers.allocation.objectives import LeastEnergy, Objective, Shortest, Weighted
+from pwff_solvers.allocation.tdma import bracketed as tdma
+from pwff_solvers.allocation.tdma import newton as newton_tdma
+from pwff_solvers.compiled.elementary import COMPILED
 
 __all__ = ["GAP_TOLERANCE", "VIOLATION_TOLERANCE", "solve"]
 
@@ -169,7 +166,7 @@ def solve(
         )
     problem = _Problem(type(objective), access)
     # the pieces are the same for any number of threads, and so is the result to the last bit
-    size = max(block.LANES, _PIECE // batch.devices // block.LANES * block.LANES)
+    size = max(registers.LANES, _PIECE // batch.devices // registers.LANES * registers.LANES)
     pieces = [slice(i, i + size) for i in range(0, max(batch.instances, 1), size)]
     decision = np.empty((batch.instances, 6, batch.devices))
     if len(pieces) == 1:
@@ -316,7 +313,7 @@ def _newton(batch: Batch, problem: _Problem, target: FloatArray, decision: Float
     """Solutions by Newton; what has not converged comes with an infinite gap."""
     device, cell = batch.device, batch.cell
     instances = device.shape[0]
-    scalars = np.zeros((instances, block.SCALARS))
+    scalars = np.zeros((instances, registers.SCALARS))
     kind = _KINDS[problem.objective]
     if problem.objective is LeastEnergy:
         newton.least_energy(device, cell, target, decision, scalars)
@@ -366,7 +363,7 @@ def _newton_tdma(
     instances = device.shape[0]
     # the kernels leave alone what they do not solve
     decision[...] = np.nan
-    scalars = np.zeros((instances, block.SCALARS))
+    scalars = np.zeros((instances, registers.SCALARS))
     if problem.objective is LeastEnergy:
         newton_tdma.least_energy_tdma(device, cell, target, decision, scalars)
     elif problem.objective is Weighted:
@@ -397,7 +394,7 @@ def _idle_last(
     """Overwrite ``rows``: a device without payload ends last, the others have time to spare."""
     fast = np.where(batch.payload_bit > 0, 0.0, batch.work_cycles / batch.frequency_max_hz)
     points = np.empty((rows.size, 6, batch.devices))
-    found = np.zeros((rows.size, block.SCALARS))
+    found = np.zeros((rows.size, registers.SCALARS))
     newton.least_energy(batch.device, batch.cell, fast.max(1) + batch.cell[:, 2], points, found)
     found[:, 1] = fast.max(1)
     decision[rows], scalars[rows] = points, found
@@ -416,7 +413,7 @@ def _hard_prices(
     ``dmu_k/dlog lam = mu_k + P_k``: so the wanted price of time is met exactly.
     """
     points = np.empty((rows.size, 6, batch.devices))
-    edge = np.zeros((rows.size, block.SCALARS))
+    edge = np.zeros((rows.size, registers.SCALARS))
     newton_shortest.shortest(batch.device, batch.cell, points, edge)
     stop = (edge[:, 0] > 0) & (edge[:, 3] <= price)
     edge[:, 2] *= 1.0 + (price - edge[:, 3]) / edge[:, 4]
@@ -425,7 +422,7 @@ def _hard_prices(
     if go.size:
         part = batch.take(go)
         inner = np.empty((go.size, 6, batch.devices))
-        scalar = np.zeros((go.size, block.SCALARS))
+        scalar = np.zeros((go.size, registers.SCALARS))
         newton.weighted_carefully(part.device, part.cell, price[go], edge[go, 1], inner, scalar)
         points[go], edge[go] = inner, scalar
     decision[rows] = points

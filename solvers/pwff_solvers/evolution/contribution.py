@@ -15,7 +15,7 @@ the hypervolume (Beume, Fonseca, López-Ibáñez, Paquete and Vahrenhold, IEEE T
 runner-up kept besides the leader.
 
 The sweep is for numba, under the same conditions as the allocator's kernels (see
-:mod:`pwff_solvers.allocation.elementary`). Without it, and in other numbers of objectives, hypervolumes
+:mod:`pwff_solvers.compiled.elementary`). Without it, and in other numbers of objectives, hypervolumes
 are subtracted: the same results, a hundred times slower.
 """
 
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pwff_solvers.allocation.elementary import COMPILED
+from pwff_solvers.compiled.elementary import COMPILED
 from pwff_solvers.front import hypervolume
 
 IntArray = NDArray[np.int64]

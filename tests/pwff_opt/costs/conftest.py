@@ -37,8 +37,8 @@ from transformers import (
 )
 
 from pwff_opt.costs import Architecture
-from pwff_opt.decision import LayerState
-from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
+from pwff_opt.federated.model.adapters import pool_by_mean, transformer_layers
+from pwff_opt.scenario.schedule import LayerState
 
 sys.path.insert(0, str(Path(__file__).parent))  # for measure and plain_stages
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pwff_opt.costs import Architecture, Blocks, TokenCount, forward_flops, step_flops
-from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError
+from pwff_opt.scenario.schedule import LayerState
 
 SHAPES = ((2, 8), (1, 5))
 WIDTHS = (1, 6, 16)

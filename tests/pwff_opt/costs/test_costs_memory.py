@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 
 from pwff_opt.costs import Architecture, Blocks, training_memory_byte
-from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError
+from pwff_opt.scenario.schedule import LayerState
 
 BOUND = 0.01
 

@@ -17,8 +17,8 @@ from pwff_opt.costs import (
     trained_parameters,
     uplink_payload_bit,
 )
-from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError
+from pwff_opt.scenario.schedule import LayerState
 
 # Factors of the sized LoRA that a device uploads, by rule and round.
 UPLOADED = {

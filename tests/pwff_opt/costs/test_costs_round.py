@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from pwff_opt import Planner, Scenario, Schedule, Workload
-from pwff_opt.costs import CostModel, broadcast_payload_bit, uplink_payload_bit
+from pwff_opt.channel import rate_bps
+from pwff_opt.costs import broadcast_payload_bit, uplink_payload_bit
 from pwff_opt.costs.blocks import Blocks
-from pwff_opt.decision import LayerState, RoundDecision
-from pwff_opt.participation import participants
-from pwff_opt.scenario_io import read_scenario
-from pwff_opt.wireless import rate_bps
+from pwff_opt.planning.demand import CostModel
+from pwff_opt.scenario.files import read_scenario
+from pwff_opt.scenario.participation import participants
+from pwff_opt.scenario.schedule import LayerState, RoundDecision
 
 
 def changed(scenario: Scenario, *, peft=None, **aggregation) -> Scenario:

@@ -34,9 +34,9 @@ from pwff_opt.costs import (
     training_memory_byte,
     weights_byte,
 )
-from pwff_opt.decision import LayerState
 from pwff_opt.errors import DecisionError, ModelError
 from pwff_opt.scenario import Alignment
+from pwff_opt.scenario.schedule import LayerState
 
 DECODERS = ["llama_language", "llama_language_tied", "mistral_language", "qwen2_language"]
 ENCODERS = ["bert_language", "bert_language_untied"]

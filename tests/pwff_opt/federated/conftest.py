@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pwff_opt.data.conversations import Preferences, load_preferences
+from pwff_opt.data.models import model_source
+from pwff_opt.data.packages import fetch
 from pwff_opt.errors import DataError, ModelError
-from pwff_opt.federated.conversations import Preferences, load_preferences
-from pwff_opt.federated.packages import fetch
-from pwff_opt.models import model_source
 from pwff_opt.scenario import Data
 
 

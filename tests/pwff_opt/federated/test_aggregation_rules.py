@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pwff_opt.errors import TrainingError
-from pwff_opt.federated.aggregation import RULES, Factors, Merged, ideal
+from pwff_opt.federated.exchange.rules import RULES, Factors, Merged, ideal
 
 INPUTS, OUTPUTS = 40, 56
 MIXED = (2, 4, 8, 16)

@@ -15,14 +15,14 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from pwff_opt import evaluation
-from pwff_opt.decision import Schedule
-from pwff_opt.federated.backbone import Stack
-from pwff_opt.federated.blocks import Tensors
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.exchange import Exchange
-from pwff_opt.federated.passes import Passes
+from pwff_opt.federated.exchange.exchange import Exchange
+from pwff_opt.federated.model.backbone import Stack
+from pwff_opt.federated.model.blocks import Tensors
+from pwff_opt.federated.model.passes import Passes
 from pwff_opt.federated.stages.alignment import AXES, Dialogues, grouped
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.scenario import Scenario
+from pwff_opt.scenario.schedule import Schedule
 
 PEOPLE = (
     "nurse",

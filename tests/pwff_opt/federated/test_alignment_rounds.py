@@ -26,23 +26,23 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
-from pwff_opt.costs import CostModel
-from pwff_opt.decision import Schedule
 from pwff_opt.errors import ModelError
-from pwff_opt.federated import products
-from pwff_opt.federated.backbone import Backbone, Stack
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.exchange import Exchange
-from pwff_opt.federated.families import Ends
-from pwff_opt.federated.features import Features, Level
-from pwff_opt.federated.passes import Passes
-from pwff_opt.federated.rewards import Pairs, Reader, RewardModel
+from pwff_opt.federated.exchange.exchange import Exchange
+from pwff_opt.federated.model import products
+from pwff_opt.federated.model.backbone import Backbone, Stack
+from pwff_opt.federated.model.families import Ends
+from pwff_opt.federated.model.features import Features, Level
+from pwff_opt.federated.model.passes import Passes
+from pwff_opt.federated.model.workers import one_thread_each
 from pwff_opt.federated.stages import alignment as aligning
 from pwff_opt.federated.stages.alignment import Aligned
-from pwff_opt.federated.tokens import Tokens
-from pwff_opt.federated.workers import one_thread_each
-from pwff_opt.participation import participants
+from pwff_opt.federated.stages.rewards import Pairs, Reader, RewardModel
+from pwff_opt.federated.text.tokens import Tokens
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
+from pwff_opt.planning.demand import CostModel
 from pwff_opt.scenario import Scenario
+from pwff_opt.scenario.participation import participants
+from pwff_opt.scenario.schedule import Schedule
 
 PEOPLE = [
     "nurse",

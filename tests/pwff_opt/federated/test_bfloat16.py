@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pwff_opt.decision import Schedule
-from pwff_opt.evaluation import learning_key
-from pwff_opt.federated.evaluator import FederatedEvaluator
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
+from pwff_opt.runs.identity import learning_key
 from pwff_opt.scenario import Scenario
-from pwff_opt.scenario_io import read_scenario
+from pwff_opt.scenario.files import read_scenario
+from pwff_opt.scenario.schedule import Schedule
 
 
 def test_blocks_stay_float32_and_losses_close(small: Scenario, tmp_path: Path) -> None:

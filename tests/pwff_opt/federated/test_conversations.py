@@ -13,15 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pwff_opt.errors import DataError
-from pwff_opt.federated.conversations import (
+from pwff_opt.data.conversations import (
     AXES,
     Preferences,
     general_texts,
     load_demonstrations,
     load_preferences,
 )
-from pwff_opt.federated.packages import PACKAGES
+from pwff_opt.data.packages import PACKAGES
+from pwff_opt.errors import DataError
 from pwff_opt.scenario import Data
 
 FILE = Data(source="file", path="data.jsonl")

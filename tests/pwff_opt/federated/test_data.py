@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pwff_opt.data.corpora import Corpus, load_corpus, load_texts
+from pwff_opt.data.partition import partition
 from pwff_opt.errors import DataError
-from pwff_opt.federated.data import Corpus, load_corpus, load_texts
-from pwff_opt.federated.partition import partition
 from pwff_opt.scenario import Data
 
 TABLE = pd.DataFrame(

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pwff_opt.federated.backbone import Backbone
-from pwff_opt.federated.families import fused
-from pwff_opt.federated.products import Frozen
+from pwff_opt.federated.model.backbone import Backbone
+from pwff_opt.federated.model.families import fused
+from pwff_opt.federated.model.products import Frozen
 
 HERE = Path(__file__).parent
 

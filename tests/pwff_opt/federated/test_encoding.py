@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from pwff_opt.data.models import model_source
 from pwff_opt.errors import DataError, ModelError
-from pwff_opt.federated.encoding import Encoded, encode_answers, encode_prompts, encode_texts
-from pwff_opt.models import model_source
+from pwff_opt.federated.text.encoding import Encoded, encode_answers, encode_prompts, encode_texts
 
 CHAT = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} [SEP] {% endfor %}"

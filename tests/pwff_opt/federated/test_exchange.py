@@ -11,19 +11,20 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 
-from pwff_opt.costs import Blocks, CostModel
-from pwff_opt.decision import LayerState, Schedule
+from pwff_opt.costs import Blocks
 from pwff_opt.errors import DecisionError, TrainingError
-from pwff_opt.federated import exchange as exchange_module
-from pwff_opt.federated.aggregation import RULES as MERGING
-from pwff_opt.federated.aggregation import Factors, ideal
-from pwff_opt.federated.backbone import Stack
-from pwff_opt.federated.blocks import Tensors
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.exchange import Exchange, State
-from pwff_opt.federated.tokens import Packed
-from pwff_opt.federated.trainer import Trainer
+from pwff_opt.federated.exchange import exchange as exchange_module
+from pwff_opt.federated.exchange.exchange import Exchange, State
+from pwff_opt.federated.exchange.rules import RULES as MERGING
+from pwff_opt.federated.exchange.rules import Factors, ideal
+from pwff_opt.federated.model.backbone import Stack
+from pwff_opt.federated.model.blocks import Tensors
+from pwff_opt.federated.text.tokens import Packed
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
+from pwff_opt.federated.training.trainer import Trainer
+from pwff_opt.planning.demand import CostModel
 from pwff_opt.scenario import AVERAGING, Aggregation, Scenario
+from pwff_opt.scenario.schedule import LayerState, Schedule
 
 RULES = get_args(get_type_hints(Aggregation)["lora"])
 MIXED = ("personal", "hetlora", "hetlora-norm", "flora", "flexlora", "raflora")

@@ -11,21 +11,21 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pwff_opt.decision import Schedule
+from pwff_opt.data.corpora import load_corpus
+from pwff_opt.data.models import model_source, portable_name
+from pwff_opt.data.partition import partition
 from pwff_opt.errors import DataError, DecisionError, InfeasibleError, ModelError
-from pwff_opt.evaluation import learning_key
-from pwff_opt.federated import export
-from pwff_opt.federated.adapters import pool_by_mean
-from pwff_opt.federated.backbone import Stack
-from pwff_opt.federated.blocks import lora_scale
-from pwff_opt.federated.checkpoint import checkpoint_path, load_checkpoint
-from pwff_opt.federated.data import load_corpus
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.export import load_device_model
-from pwff_opt.federated.partition import partition
-from pwff_opt.federated.tokens import Packed
-from pwff_opt.models import model_source, portable_name
+from pwff_opt.federated.export import export
+from pwff_opt.federated.export.export import load_device_model
+from pwff_opt.federated.model.adapters import pool_by_mean
+from pwff_opt.federated.model.backbone import Stack
+from pwff_opt.federated.model.blocks import lora_scale
+from pwff_opt.federated.text.tokens import Packed
+from pwff_opt.federated.training.checkpoint import checkpoint_path, load_checkpoint
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
+from pwff_opt.runs.identity import learning_key
 from pwff_opt.scenario import Scenario
+from pwff_opt.scenario.schedule import Schedule
 
 
 @pytest.mark.parametrize("text", ["3x4:fap", "3x0:paf", "3x0:fff", "1x2:ffa 2x4:paa"])

@@ -16,12 +16,12 @@ from transformers import (
     Qwen2Config,
 )
 
+from pwff_opt.data.models import model_source
 from pwff_opt.errors import ModelError
-from pwff_opt.federated.adapters import pool_by_mean
-from pwff_opt.federated.attention import Window
-from pwff_opt.federated.backbone import NOTHING, Backbone
-from pwff_opt.federated.tokens import Packed, Tokens, tokenise
-from pwff_opt.models import model_source
+from pwff_opt.federated.model.adapters import pool_by_mean
+from pwff_opt.federated.model.attention import Window
+from pwff_opt.federated.model.backbone import NOTHING, Backbone
+from pwff_opt.federated.text.tokens import Packed, Tokens, tokenise
 
 DECODER = {
     "vocab_size": 97,
@@ -100,7 +100,7 @@ def test_logits_are_those_of_transformers(
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("pwff_opt.federated.backbone.pad_token_id", lambda _: 0)
+    monkeypatch.setattr("pwff_opt.federated.model.backbone.pad_token_id", lambda _: 0)
     backbone = Backbone(
         str(tmp_path), family=family, classes=2, pooling="model", max_tokens=17, device="cpu"
     )
@@ -147,7 +147,7 @@ def test_a_window_of_attention_shorter_than_the_texts_is_refused(
     AutoModelForSequenceClassification.from_config(
         MistralConfig(**DECODER, sliding_window=8)
     ).save_pretrained(tmp_path)
-    monkeypatch.setattr("pwff_opt.federated.backbone.pad_token_id", lambda _: 0)
+    monkeypatch.setattr("pwff_opt.federated.model.backbone.pad_token_id", lambda _: 0)
     how = {"family": "llama", "classes": 2, "pooling": "model", "max_tokens": 17}
     with pytest.raises(ModelError, match=r"attention window \(8\), unless .*; got 17"):
         Backbone(str(tmp_path), **how)
@@ -168,7 +168,7 @@ def test_more_tokens_than_positions_are_refused(
         max_position_embeddings=16,
     )
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    monkeypatch.setattr("pwff_opt.federated.backbone.pad_token_id", lambda _: 0)
+    monkeypatch.setattr("pwff_opt.federated.model.backbone.pad_token_id", lambda _: 0)
     options = {"family": "bert", "classes": 2, "pooling": "model"}
     Backbone(str(tmp_path), max_tokens=16, **options)
     with pytest.raises(ModelError, match=r"max_tokens .* table of positions \(16\), got 17"):

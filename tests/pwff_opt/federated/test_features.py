@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from pwff_opt.decision import Schedule
-from pwff_opt.federated import features
-from pwff_opt.federated.backbone import Stack
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.features import Level, below
-from pwff_opt.federated.tokens import Packed
+from pwff_opt.federated.model import features
+from pwff_opt.federated.model.backbone import Stack
+from pwff_opt.federated.model.features import Level, below
+from pwff_opt.federated.text.tokens import Packed
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.scenario import Scenario
+from pwff_opt.scenario.schedule import Schedule
 
 SCHEDULES = [
     "1x2:ffa",

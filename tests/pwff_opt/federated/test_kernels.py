@@ -10,15 +10,16 @@ import torch
 from torch.nn import functional
 from transformers import BertConfig, BertModel
 
-from pwff_opt.federated import kernels
-from pwff_opt.federated.adapters import BottleneckAdapter
-from pwff_opt.federated.attention import Around
-from pwff_opt.federated.bottleneck import Bottleneck, adapted
-from pwff_opt.federated.encoder import AddNorm
-from pwff_opt.federated.families import BertLayer
-from pwff_opt.federated.low_rank import LowRank, Updates
-from pwff_opt.federated.products import filled
-from pwff_opt.federated.tokens import Packed, Tokens
+from pwff_opt.federated.model import memory
+from pwff_opt.federated.model.adapters import BottleneckAdapter
+from pwff_opt.federated.model.attention import Around
+from pwff_opt.federated.model.bottleneck import Bottleneck, adapted
+from pwff_opt.federated.model.encoder import AddNorm
+from pwff_opt.federated.model.families import BertLayer
+from pwff_opt.federated.model.low_rank import LowRank, Updates
+from pwff_opt.federated.model.products import filled
+from pwff_opt.federated.text.tokens import Packed, Tokens
+from pwff_solvers.compiled import transformer as kernels
 
 pytestmark = pytest.mark.skipif(not kernels.AVAILABLE, reason="numba does not compile here")
 
@@ -27,7 +28,7 @@ NAMES = ("query", "key", "value")
 
 def gelu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out, slope = torch.empty_like(x), torch.empty_like(x)
-    kernels.gelu(*map(kernels.flat, (x, out, slope)))
+    kernels.gelu(*map(memory.flat, (x, out, slope)))
     return out, slope
 
 
@@ -60,7 +61,7 @@ def test_gelu_at_the_ends() -> None:
 def test_gelu_without_a_derivative_and_in_place() -> None:
     x = torch.randn(3, 32)
     expected, _ = gelu(x)
-    kernels.gelu(kernels.flat(x), kernels.flat(x), kernels.flat(x[:0]))
+    kernels.gelu(memory.flat(x), memory.flat(x), memory.flat(x[:0]))
     assert torch.equal(x, expected)
 
 
@@ -70,7 +71,7 @@ def test_bfloat16_is_rounded_as_torch_does() -> None:
     x = torch.cat([x, x.bfloat16().float(), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, torch.nan])])
     x = torch.cat([x, x.new_zeros(-len(x) % 16)])
     kept = torch.zeros_like(x, dtype=torch.bfloat16)
-    kernels.add(kernels.flat(kept), kernels.flat(x))
+    kernels.add(memory.flat(kept), memory.flat(x))
     expected = (x + 0.0).bfloat16()
     assert torch.equal(kept.isnan(), expected.isnan())
     there = ~expected.isnan()
@@ -369,4 +370,4 @@ def test_bottlenecks_of_another_type_are_left_to_torch(dtype: torch.dtype) -> No
 
 def test_a_kernel_refuses_memory_with_gaps() -> None:
     with pytest.raises(ValueError, match="must be contiguous"):
-        kernels.flat(torch.zeros(4, 32)[:, ::2])
+        memory.flat(torch.zeros(4, 32)[:, ::2])

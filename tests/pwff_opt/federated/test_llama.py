@@ -10,13 +10,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pwff_opt.decision import Schedule
-from pwff_opt.federated.backbone import Stack
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.export import load_device_model
-from pwff_opt.federated.features import Level, below
-from pwff_opt.federated.tokens import Packed
+from pwff_opt.federated.export.export import load_device_model
+from pwff_opt.federated.model.backbone import Stack
+from pwff_opt.federated.model.features import Level, below
+from pwff_opt.federated.text.tokens import Packed
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.scenario import Scenario
+from pwff_opt.scenario.schedule import Schedule
 
 
 @pytest.mark.on_cpu

@@ -17,18 +17,18 @@ from plain_language import assert_equals_plain, plain_device, row
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
-import pwff_opt.federated.peft_bottleneck  # noqa: F401  (peft then knows bottleneck adapters)
+import pwff_opt.federated.export.peft_bottleneck  # noqa: F401  (peft then knows bottleneck adapters)
 from pwff_opt import Planner, Workload
 from pwff_opt.costs import masked
-from pwff_opt.decision import Schedule
+from pwff_opt.data.models import model_source
 from pwff_opt.errors import ModelError
-from pwff_opt.federated.backbone import load_language_model
-from pwff_opt.federated.encoding import MaskedTexts, encode_masked
-from pwff_opt.federated.evaluator import FederatedEvaluator
+from pwff_opt.federated.model.backbone import load_language_model
 from pwff_opt.federated.stages import Masked
-from pwff_opt.federated.tokens import tokenise
-from pwff_opt.models import model_source
+from pwff_opt.federated.text.encoding import MaskedTexts, encode_masked
+from pwff_opt.federated.text.tokens import tokenise
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.scenario import Scenario
+from pwff_opt.scenario.schedule import Schedule
 
 MASK = 103
 

@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from pwff_opt.cli import app
+from pwff_opt.data.models import data_folder, model_source
+from pwff_opt.data.packages import PACKAGES, Package, fetch, read_bytes
 from pwff_opt.errors import DataError, ModelError
-from pwff_opt.federated.packages import PACKAGES, Package, fetch, read_bytes
-from pwff_opt.models import data_folder, model_source
 
 WORDS = b"some words\n"
 METADATA = "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n"
@@ -101,7 +101,7 @@ def test_another_release_is_refused(
 def test_a_kill_leaves_nothing_half_made(tiny: Package) -> None:
     script = (
         "import os, signal\n"
-        "from pwff_opt.federated.packages import PACKAGES, Package, fetch\n"
+        "from pwff_opt.data.packages import PACKAGES, Package, fetch\n"
         "def killed(folder):\n"
         "    (folder / 'half.txt').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -8,9 +8,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from pwff_opt.data.conversations import Preferences
+from pwff_opt.data.partition import PreferenceShards, partition_preferences
 from pwff_opt.errors import DataError
-from pwff_opt.federated.conversations import Preferences
-from pwff_opt.federated.partition import PreferenceShards, partition_preferences
 from pwff_opt.scenario import Data
 
 DATA = Data(train_per_device=16, validation_per_device=4, test_per_device=8)

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from pwff_opt.errors import ModelError
-from pwff_opt.federated.adapters import transformer_layers
-from pwff_opt.federated.peft_bottleneck import BottleneckConfig, BottleneckLayer
+from pwff_opt.federated.export.peft_bottleneck import BottleneckConfig, BottleneckLayer
+from pwff_opt.federated.model.adapters import transformer_layers
 
 IDS = torch.tensor([[3, 5, 7, 9, 11], [2, 4, 6, 8, 10]])
 SIZES = {

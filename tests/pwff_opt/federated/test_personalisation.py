@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pwff_opt.decision import Schedule
-from pwff_opt.federated.data import load_corpus
-from pwff_opt.federated.evaluator import FederatedEvaluator
+from pwff_opt.data.corpora import load_corpus
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.scenario import Data
-from pwff_opt.scenario_io import read_scenario
+from pwff_opt.scenario.files import read_scenario
+from pwff_opt.scenario.schedule import Schedule
 
 PERMUTATIONS = np.array([[0, 1, 2], [1, 2, 0], [2, 0, 1]])
 

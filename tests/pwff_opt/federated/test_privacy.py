@@ -12,8 +12,8 @@ from scipy.optimize import brentq
 from scipy.stats import norm as gaussian
 
 from pwff_opt.errors import TrainingError
-from pwff_opt.federated.blocks import Tensors
-from pwff_opt.federated.privacy import add_noise, clip, spent_epsilon
+from pwff_opt.federated.exchange.privacy import add_noise, clip, spent_epsilon
+from pwff_opt.federated.model.blocks import Tensors
 
 
 def update(seed: int, *, size: float = 1.0) -> Tensors:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pwff_opt.federated import products
-from pwff_opt.federated.attention import Around
-from pwff_opt.federated.products import Frozen, filled
-from pwff_opt.federated.tokens import Packed, Tokens
+from pwff_opt.federated.model import products
+from pwff_opt.federated.model.attention import Around
+from pwff_opt.federated.model.products import Frozen, filled
+from pwff_opt.federated.text.tokens import Packed, Tokens
 
 
 @pytest.mark.parametrize("onednn", [True, False])

@@ -10,14 +10,14 @@ import pytest
 import torch
 from scipy.special import expit
 
-from pwff_opt.federated.rewards import (
+from pwff_opt.data.models import model_source
+from pwff_opt.federated.stages.rewards import (
     Pairs,
     Reader,
     RewardModel,
     fitted_temperature,
     reliability,
 )
-from pwff_opt.models import model_source
 
 GOOD = ("kind", "helpful", "gentle", "honest", "patient", "fair")
 BAD = ("rude", "cruel", "lazy", "greedy", "mean", "unfair")

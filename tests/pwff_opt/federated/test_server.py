@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from pwff_opt.federated.blocks import Tensors
-from pwff_opt.federated.server import step
+from pwff_opt.federated.exchange.server import step
+from pwff_opt.federated.model.blocks import Tensors
 from pwff_opt.scenario import Aggregation
 
 SERVERS: tuple[Literal["average", "momentum", "adam"], ...] = ("average", "momentum", "adam")

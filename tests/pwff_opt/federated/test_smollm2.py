@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pwff_opt.costs import Architecture
-from pwff_opt.federated.packages import PACKAGES, fetch
-from pwff_opt.federated.smollm2 import GGUF
-from pwff_opt.models import model_config
+from pwff_opt.data.models import model_config
+from pwff_opt.data.packages import PACKAGES, fetch
+from pwff_opt.data.smollm2 import GGUF
 
 
 def test_it_answers_a_question(smollm2: str) -> None:

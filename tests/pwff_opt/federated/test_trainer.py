@@ -20,18 +20,18 @@ from peft.tuners.lora import LoraLayer
 from plain_adapters import attach_adapters
 from plain_language import assert_agree, distances
 
-from pwff_opt.costs import CostModel
-from pwff_opt.decision import RoundDecision, Schedule
 from pwff_opt.errors import DecisionError
-from pwff_opt.federated.adapters import pool_by_mean, transformer_layers
-from pwff_opt.federated.backbone import Backbone, load_classifier, lora_config
-from pwff_opt.federated.blocks import Tensors, fresh_lora, lora_scale, resize_lora
-from pwff_opt.federated.checkpoint import load_checkpoint, save_checkpoint
-from pwff_opt.federated.evaluator import FederatedEvaluator
-from pwff_opt.federated.exchange import Exchange, State
-from pwff_opt.federated.tokens import Packed
-from pwff_opt.participation import participants
+from pwff_opt.federated.exchange.exchange import Exchange, State
+from pwff_opt.federated.model.adapters import pool_by_mean, transformer_layers
+from pwff_opt.federated.model.backbone import Backbone, load_classifier, lora_config
+from pwff_opt.federated.model.blocks import Tensors, fresh_lora, lora_scale, resize_lora
+from pwff_opt.federated.text.tokens import Packed
+from pwff_opt.federated.training.checkpoint import load_checkpoint, save_checkpoint
+from pwff_opt.federated.training.evaluator import FederatedEvaluator
+from pwff_opt.planning.demand import CostModel
 from pwff_opt.scenario import Scenario
+from pwff_opt.scenario.participation import participants
+from pwff_opt.scenario.schedule import RoundDecision, Schedule
 
 
 def same(a: State, b: State) -> None:

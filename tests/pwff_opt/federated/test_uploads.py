@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load, save
 
 from pwff_opt.errors import TrainingError
-from pwff_opt.federated.blocks import Tensors
-from pwff_opt.federated.uploads import Upload, UploadDtype, encode
+from pwff_opt.federated.exchange.uploads import Upload, UploadDtype, encode
+from pwff_opt.federated.model.blocks import Tensors
 
 DTYPES = get_args(UploadDtype)
 

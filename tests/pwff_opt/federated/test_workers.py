@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pwff_opt.errors import DecisionError
-from pwff_opt.federated.workers import Workers, companies, go_on, out_of_memory
+from pwff_opt.federated.model.workers import Workers, companies, go_on, out_of_memory
 
 
 def test_results_are_in_order_and_each_is_told_when_it_ends() -> None:

@@ -20,7 +20,7 @@ from pwff_solvers.allocation import (
     certificate,
     solve,
 )
-from pwff_solvers.allocation.blocks import round_to_blocks
+from pwff_solvers.extras.resource_blocks import round_to_blocks
 
 
 def least_energy(batch, i, k, time_s, band):

@@ -17,7 +17,7 @@ from pwff_solvers.allocation import (
     certificate,
     solve,
 )
-from pwff_solvers.allocation.fdma import Cell, least_energy
+from pwff_solvers.allocation.fdma.bracketed import Cell, least_energy
 
 HOW = [{"floors": False}, {"decades": 10.0}, {"decades": 10.0, "zeros": True}, {"zeros": True}]
 

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from allocation_cells import random_batch
 
-from pwff_solvers.allocation import InvalidInputError, LeastEnergy, Shortest, Status, solve
-from pwff_solvers.allocation.downlink import broadcast
+from pwff_solvers.allocation import (
+    InvalidInputError,
+    LeastEnergy,
+    Shortest,
+    Status,
+    solve,
+)
+from pwff_solvers.extras.downlink import broadcast
 
 
 def test_by_hand():

@@ -22,8 +22,8 @@ from pwff_solvers.allocation import (
     newton,
     solve,
 )
-from pwff_solvers.allocation.block import inverse_phi, inverse_psi
-from pwff_solvers.allocation.elementary import (
+from pwff_solvers.allocation.registers import inverse_phi, inverse_psi
+from pwff_solvers.compiled.elementary import (
     COMPILED,
     cbrt,
     entry,
@@ -290,7 +290,13 @@ import numpy as np
 sys.path.insert(0, sys.argv[1])
 from allocation_cells import random_batch
 from pwff_solvers.allocation import (
-    LeastEnergy, Shortest, Weighted, elementary, solve, solve_outage)
+    LeastEnergy,
+    Shortest,
+    Weighted,
+    elementary,
+    solve,
+)
+from pwff_solvers.extras import solve_outage
 assert elementary.COMPILED == (sys.argv[2] == "1")
 batch = random_batch(np.random.default_rng(9), 40, 7, 4.0, zeros=True)
 rows = []

@@ -10,8 +10,8 @@ import pytest
 from allocation_cells import random_arguments, random_batch
 
 from pwff_solvers.allocation import Batch, certificate, newton_tdma, tdma
-from pwff_solvers.allocation.block import SCALARS
-from pwff_solvers.allocation.elementary import COMPILED
+from pwff_solvers.allocation.registers import SCALARS
+from pwff_solvers.compiled.elementary import COMPILED
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="needs numba")
 

@@ -18,8 +18,8 @@ from pwff_solvers.allocation import (
     Status,
     Weighted,
     solve,
-    solve_cvxpy,
 )
+from pwff_solvers.extras import solve_cvxpy
 
 FEDL = json.loads(
     (Path(__file__).parents[2] / "oracles" / "fedl_5_devices.json").read_text(encoding="utf-8")

@@ -16,11 +16,13 @@ from pwff_solvers.allocation import (
     Shortest,
     Status,
     certificate,
+    solve,
+)
+from pwff_solvers.extras import (
     outage_bound,
     outage_probability,
     round_to_blocks,
     serve,
-    solve,
     solve_outage,
 )
 

@@ -8,7 +8,14 @@ from allocation_cells import random_arguments, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pwff_solvers.allocation import Batch, LeastEnergy, Shortest, Status, Weighted, solve
+from pwff_solvers.allocation import (
+    Batch,
+    LeastEnergy,
+    Shortest,
+    Status,
+    Weighted,
+    solve,
+)
 
 SEED = st.integers(0, 2**32 - 1)
 ARRAYS = ("bandwidth_hz", "power_w", "frequency_hz", "upload_s", "device_energy_j", "energy_j")

@@ -19,7 +19,7 @@ from pwff_solvers.allocation import (
     selection,
     solve,
 )
-from pwff_solvers.allocation.selection import drop_out, most_devices, serve
+from pwff_solvers.extras.selection import drop_out, most_devices, serve
 
 DEVICE = (
     "payload_bit", "work_cycles", "gain", "power_max_w", "frequency_min_hz",

@@ -1,0 +1,1 @@
+"""Text, tables and models as files: read, checked and shared out, without torch."""

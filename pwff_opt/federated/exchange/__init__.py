@@ -1,0 +1,1 @@
+"""What devices and server exchange in a round."""

@@ -1,0 +1,1 @@
+"""Device models as files that plain transformers and peft load."""

@@ -1,0 +1,1 @@
+"""The frozen language model and the blocks that devices bring to it."""

@@ -1,0 +1,1 @@
+"""Local steps, rounds, and the evaluator that trains schedules."""

@@ -1,0 +1,1 @@
+"""Frequency division: every device has a band of its own."""

@@ -1,0 +1,1 @@
+"""Time division: devices use the whole band one after another."""
