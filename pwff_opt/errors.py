@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from pwff_solvers.allocation import InvalidInputError
+from pwff_solvers.errors import InvalidInputError
 
 
 class PwffError(Exception):
@@ -49,6 +49,10 @@ class RunError(PwffError):
 
 class InfeasibleError(PwffError):
     """A demand that no allocation or decision can meet; says what the nearest possible one is."""
+
+
+class PluginError(PwffError):
+    """A plug-in that cannot be imported, or adds what cannot be added."""
 
 
 class TrainingError(PwffError):

@@ -1,5 +1,5 @@
 """The command line."""
 
-from pwff_opt.cli.app import app, main
+from pwff_opt.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]

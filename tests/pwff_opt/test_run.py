@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pwff_opt import cli
-from pwff_opt.cli import scenario_check
+from pwff_opt.cli import app as cli
+from pwff_opt.cli.app import scenario_check
 from pwff_opt.errors import DecisionError, RunError, ScenarioError
 from pwff_opt.report.figures import _baseline
 from pwff_opt.runs.records import Journal, Past, RunFolder, write_atomically

@@ -7,9 +7,9 @@ from pwff_solvers.allocation.curve import (
     energy_delay_curve,
     least_energy_within,
 )
-from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Objective, Shortest, Weighted
 from pwff_solvers.allocation.solve import solve
+from pwff_solvers.errors import InvalidInputError
 
 __all__ = [
     "Allocation",

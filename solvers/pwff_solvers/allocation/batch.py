@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pwff_solvers.allocation.checks import NOT_NEGATIVE, POSITIVE, Rule, as_array, check, rows
-from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.compiled.elementary import COMPILED, FloatArray, entry
+from pwff_solvers.errors import InvalidInputError
 
 __all__ = ["Batch", "FloatArray"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.compiled.elementary import FloatArray
+from pwff_solvers.errors import InvalidInputError
 
 __all__ = [
     "NOT_NEGATIVE",

@@ -38,9 +38,9 @@ from pwff_solvers.allocation import certificate
 from pwff_solvers.allocation.allocation import Allocation
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.checks import POSITIVE, Rule, number
-from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Shortest, Weighted
 from pwff_solvers.allocation.solve import GAP_TOLERANCE, VIOLATION_TOLERANCE, solve
+from pwff_solvers.errors import InvalidInputError
 
 __all__ = ["EnergyDelayCurve", "energy_delay_curve", "least_energy_within"]
 

@@ -14,7 +14,6 @@ from pwff_solvers.allocation.allocation import Allocation, Status
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.certificate import GAP_TOLERANCE, VIOLATION_TOLERANCE
 from pwff_solvers.allocation.checks import per_instance
-from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.fdma import bracketed as fdma
 from pwff_solvers.allocation.fdma import newton
 from pwff_solvers.allocation.fdma import shortest as newton_shortest
@@ -22,6 +21,7 @@ from pwff_solvers.allocation.objectives import LeastEnergy, Objective, Shortest,
 from pwff_solvers.allocation.tdma import bracketed as tdma
 from pwff_solvers.allocation.tdma import newton as newton_tdma
 from pwff_solvers.compiled.elementary import COMPILED
+from pwff_solvers.errors import InvalidInputError
 
 __all__ = ["GAP_TOLERANCE", "VIOLATION_TOLERANCE", "solve"]
 

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from pwff_solvers.allocation.batch import Batch
 from pwff_solvers.allocation.checks import NOT_NEGATIVE, POSITIVE, filled
-from pwff_solvers.allocation.errors import InvalidInputError
+from pwff_solvers.errors import InvalidInputError
 
 __all__ = ["broadcast"]
 

@@ -30,8 +30,8 @@ from numpy.typing import ArrayLike
 
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.checks import Rule, check, per_instance
-from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Objective, Shortest, Weighted
+from pwff_solvers.errors import InvalidInputError
 
 __all__ = ["CvxpyFixed", "CvxpyJoint", "OracleSolution", "OracleSolve", "solve_cvxpy"]
 

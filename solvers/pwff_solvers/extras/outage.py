@@ -55,10 +55,10 @@ from pwff_solvers.allocation.checks import (
     filled,
     per_instance,
 )
-from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.objectives import LeastEnergy, Shortest
 from pwff_solvers.allocation.solve import GAP_TOLERANCE, VIOLATION_TOLERANCE, solve
 from pwff_solvers.allocation.transforms import inverse_phi, log_inverse_psi, psi
+from pwff_solvers.errors import InvalidInputError
 from pwff_solvers.extras.resource_blocks import BlockAllocation
 
 __all__ = ["outage_bound", "outage_probability", "solve_outage"]

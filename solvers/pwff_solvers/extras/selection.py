@@ -41,11 +41,11 @@ from pwff_solvers.allocation.checks import (
     number,
     per_instance,
 )
-from pwff_solvers.allocation.errors import InvalidInputError
 from pwff_solvers.allocation.fdma.bracketed import Cell
 from pwff_solvers.allocation.fdma.devices import Answer, Devices, answer, limits
 from pwff_solvers.allocation.objectives import LeastEnergy
 from pwff_solvers.allocation.solve import GAP_TOLERANCE, VIOLATION_TOLERANCE, solve
+from pwff_solvers.errors import InvalidInputError
 
 __all__ = ["Selection", "drop_out", "most_devices", "serve"]
 

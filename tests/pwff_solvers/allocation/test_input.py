@@ -20,10 +20,10 @@ from pwff_solvers.allocation import (
     Shortest,
     Status,
     Weighted,
-    elementary,
     energy_delay_curve,
     solve,
 )
+from pwff_solvers.compiled import elementary
 
 GOOD = {
     "payload_bit": [[1e5, 2e5]],

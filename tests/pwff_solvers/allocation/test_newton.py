@@ -19,9 +19,9 @@ from pwff_solvers.allocation import (
     Shortest,
     Status,
     Weighted,
-    newton,
     solve,
 )
+from pwff_solvers.allocation.fdma import newton
 from pwff_solvers.allocation.registers import inverse_phi, inverse_psi
 from pwff_solvers.compiled.elementary import (
     COMPILED,
@@ -293,9 +293,9 @@ from pwff_solvers.allocation import (
     LeastEnergy,
     Shortest,
     Weighted,
-    elementary,
     solve,
 )
+from pwff_solvers.compiled import elementary
 from pwff_solvers.extras import solve_outage
 assert elementary.COMPILED == (sys.argv[2] == "1")
 batch = random_batch(np.random.default_rng(9), 40, 7, 4.0, zeros=True)

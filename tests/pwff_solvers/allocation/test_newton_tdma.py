@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from allocation_cells import random_arguments, random_batch
 
-from pwff_solvers.allocation import Batch, certificate, newton_tdma, tdma
+from pwff_solvers.allocation import Batch, certificate
 from pwff_solvers.allocation.registers import SCALARS
+from pwff_solvers.allocation.tdma import bracketed as tdma
+from pwff_solvers.allocation.tdma import newton as newton_tdma
 from pwff_solvers.compiled.elementary import COMPILED
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="needs numba")

@@ -16,9 +16,9 @@ from pwff_solvers.allocation import (
     Shortest,
     Status,
     certificate,
-    selection,
     solve,
 )
+from pwff_solvers.extras import selection
 from pwff_solvers.extras.selection import drop_out, most_devices, serve
 
 DEVICE = (
