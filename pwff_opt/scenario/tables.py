@@ -16,6 +16,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt
 
 from pwff_opt.errors import ScenarioError
+from pwff_opt.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """The rule of a field that names a variant: ``Annotated[str, OneOf(RULES)]``."""
+
+    registry: Registry[Any]
+
 
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
@@ -454,6 +463,11 @@ def value_problems(value: Any, hint: Any, where: str) -> Iterator[str]:
     """Yield a line for every rule of the type ``hint`` that ``value`` breaks."""
     if get_origin(hint) is Annotated:
         kind, *rules = get_args(hint)
+        if isinstance(rules[0], OneOf):
+            known = rules[0].registry
+            if not isinstance(value, str) or value not in known:
+                yield f"{where} must be one of {', '.join(map(repr, known))}, got {value!r}"
+            return
         yield from _number_problems(value, kind, rules, where)
     elif get_origin(hint) is Literal:
         if value not in get_args(hint):
