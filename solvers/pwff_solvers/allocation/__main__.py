@@ -6,7 +6,6 @@ Otherwise the first call of each kind does it, which takes half a minute once.
 from __future__ import annotations
 
 import time
-from typing import Literal, get_args
 
 from pwff_solvers.allocation import (
     Batch,
@@ -15,9 +14,8 @@ from pwff_solvers.allocation import (
     Weighted,
     solve,
 )
+from pwff_solvers.allocation.solve import SCHEMES
 from pwff_solvers.compiled.elementary import COMPILED
-
-Access = Literal["fdma", "tdma"]
 
 
 def main() -> None:
@@ -32,8 +30,7 @@ def main() -> None:
         frequency_min_hz=1e8, frequency_max_hz=2e9, kappa=1e-28, bandwidth_hz=1e6,
         noise_psd_w_per_hz=4e-21,
     )  # fmt: skip
-    access: Access
-    for access in get_args(Access):
+    for access in SCHEMES:
         for objective in (Shortest(), LeastEnergy(10.0), Weighted(1.0), Weighted(1e9)):
             solve(batch, objective, access)
     print(f"allocator: ready after {time.perf_counter() - start:.0f} s")

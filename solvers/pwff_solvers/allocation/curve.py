@@ -28,23 +28,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 
 from pwff_solvers.allocation import certificate
+from pwff_solvers.allocation.access import Access
 from pwff_solvers.allocation.allocation import Allocation
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.checks import POSITIVE, Rule, number
 from pwff_solvers.allocation.objectives import LeastEnergy, Shortest, Weighted
-from pwff_solvers.allocation.solve import GAP_TOLERANCE, VIOLATION_TOLERANCE, solve
+from pwff_solvers.allocation.solve import GAP_TOLERANCE, VIOLATION_TOLERANCE, named, solve
 from pwff_solvers.errors import InvalidInputError
 
 __all__ = ["EnergyDelayCurve", "energy_delay_curve", "least_energy_within"]
 
-Access = Literal["fdma", "tdma"]
 IntArray = NDArray[np.int64]
 
 _TOLERANCE: Rule = ("from 1e-07 to 0.5", lambda x: (x >= 1e-7) & (x <= 0.5))
@@ -138,7 +137,7 @@ class EnergyDelayCurve:
 
 
 def energy_delay_curve(
-    batch: Batch, tolerance: float = 1e-3, access: Access = "fdma", *, shared: bool = False
+    batch: Batch, tolerance: float = 1e-3, access: str | Access = "fdma", *, shared: bool = False
 ) -> tuple[EnergyDelayCurve, ...]:
     r"""Return the whole curve of least energy against delay of every instance.
 
@@ -152,7 +151,7 @@ def energy_delay_curve(
     tolerance : float
         Largest relative distance between upper and lower bound, from 1e-7 to 0.5.  Points grow
         like ``1/sqrt(tolerance)``.
-    access : {"fdma", "tdma"}
+    access : {"fdma", "tdma"} or Access
         As for :func:`~pwff_solvers.allocation.solve`.
     shared : bool
         Whether the instances share their total delay: then one curve, W.
@@ -209,7 +208,7 @@ def energy_delay_curve(
 
 
 def least_energy_within(
-    batch: Batch, delay_max_s: float, access: Access = "fdma"
+    batch: Batch, delay_max_s: float, access: str | Access = "fdma"
 ) -> tuple[Allocation, float]:
     r"""Return the least-energy allocation of rounds that share a deadline, and their price of time.
 
@@ -221,7 +220,7 @@ def least_energy_within(
         The rounds [instance].
     delay_max_s : float
         ``D``, the longest total delay [s], fixed delays included.
-    access : {"fdma", "tdma"}
+    access : {"fdma", "tdma"} or Access
         As for :func:`~pwff_solvers.allocation.solve`.
 
     Returns
@@ -394,7 +393,9 @@ class _Answers:
         return _Answers(**{n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in names})
 
 
-def _ask(batch: Batch, rows: IntArray, price_w: FloatArray | None, access: Access) -> _Answers:
+def _ask(
+    batch: Batch, rows: IntArray, price_w: FloatArray | None, access: str | Access
+) -> _Answers:
     """Solve instances ``rows`` [answer, round] at prices [answer], or for the shortest round."""
     part = batch.take(rows.ravel())
     shape = rows.shape
@@ -419,7 +420,7 @@ def _ask(batch: Batch, rows: IntArray, price_w: FloatArray | None, access: Acces
             bandwidth_j_per_hz=found.price_of_bandwidth_j_per_hz, time_w=found.price_of_time_w
         )
         with np.errstate(all="ignore"):
-            bound = certificate.energy_bound(part, point, prices, each, access)
+            bound = named(access).energy_bound(part, point, prices, each)
         line = np.where(np.isnan(bound), -np.inf, bound + part.fixed_energy_j.sum(1))
         energy = np.where(found.violation <= VIOLATION_TOLERANCE, found.energy_j, np.inf)
     return _Answers(

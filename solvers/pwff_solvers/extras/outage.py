@@ -45,7 +45,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pwff_solvers.allocation import certificate
+from pwff_solvers.allocation import FDMA, certificate
 from pwff_solvers.allocation.allocation import Allocation, Status
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.checks import (
@@ -227,7 +227,7 @@ def solve_outage(
     gap = _relative(value, bound)
     alone = cell.alone()
     q = _outage(batch, b, p, m, np.zeros_like(m))
-    violation = np.maximum(certificate.violation(batch, point, "fdma"), (q / q_max).max(1) - 1.0)
+    violation = np.maximum(FDMA.violation(batch, point), (q / q_max).max(1) - 1.0)
     shortest = np.full(batch.instances, np.nan)
     binding = np.full(batch.instances, -1, dtype=np.int64)
     rows = np.flatnonzero(infeasible)

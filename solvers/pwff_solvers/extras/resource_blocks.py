@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pwff_solvers.allocation import certificate
+from pwff_solvers.allocation import FDMA, certificate
 from pwff_solvers.allocation.allocation import Status
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.checks import as_array, check, per_instance
@@ -145,7 +145,7 @@ def round_to_blocks(batch: Batch, round_s: ArrayLike, blocks: ArrayLike) -> Bloc
             bandwidth_hz=bandwidth, power_w=power, frequency_hz=f, upload_s=t,
             round_s=np.where(good, wanted, np.nan),
         )  # fmt: skip
-        violation = np.where(good, certificate.violation(batch, point, "fdma"), np.nan)
+        violation = np.where(good, FDMA.violation(batch, point), np.nan)
         total = energy.sum(1)
         variable = relaxed.energy_j - batch.fixed_energy_j.sum(1)
         bound = relaxed.energy_j - np.maximum(relaxed.gap, 0.0) * variable

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pwff_solvers.allocation import certificate
+from pwff_solvers.allocation import FDMA, certificate
 from pwff_solvers.allocation.allocation import Allocation, Status
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.checks import (
@@ -473,7 +473,7 @@ class _Tree:
             round_s=self.time[cell],
         )
         prices = certificate.Multipliers(bandwidth_j_per_hz=rate, time_w=np.zeros(one.size))
-        low = certificate.energy_bound(self.alone.take(one), point, prices, None, "fdma")
+        low = FDMA.energy_bound(self.alone.take(one), point, prices, None)
         band = rate * self.batch.bandwidth_hz[cell]
         cost = (low + band).reshape(row.size, many) + self.fixed[row]
         parts = now.mu.sum(axis=0) * self.time[row] + price * self.batch.bandwidth_hz[row] * many

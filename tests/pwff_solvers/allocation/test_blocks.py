@@ -12,6 +12,7 @@ from allocation_cells import random_batch
 from scipy.optimize import minimize_scalar
 
 from pwff_solvers.allocation import (
+    FDMA,
     Batch,
     InvalidInputError,
     LeastEnergy,
@@ -105,8 +106,8 @@ def test_constraints_energy_and_bound(devices, how):
         for name in ("bandwidth_hz", "power_w", "frequency_hz", "upload_s")
     }
     point = certificate.Primal(**kept, round_s=round_s[good])
-    assert certificate.violation(part, point, "fdma").max() <= 1e-9
-    np.testing.assert_allclose(plan.violation[good], certificate.violation(part, point, "fdma"))
+    assert FDMA.violation(part, point).max() <= 1e-9
+    np.testing.assert_allclose(plan.violation[good], FDMA.violation(part, point))
     energy = (
         kept["power_w"] * kept["upload_s"]
         + part.kappa * part.work_cycles * kept["frequency_hz"] ** 2

@@ -9,6 +9,7 @@ import pytest
 from allocation_cells import random_batch
 
 from pwff_solvers.allocation import (
+    FDMA,
     Batch,
     LeastEnergy,
     Shortest,
@@ -18,6 +19,7 @@ from pwff_solvers.allocation import (
     solve,
 )
 from pwff_solvers.allocation.fdma.bracketed import Cell, least_energy
+from pwff_solvers.allocation.solve import named
 
 HOW = [{"floors": False}, {"decades": 10.0}, {"decades": 10.0, "zeros": True}, {"zeros": True}]
 
@@ -101,10 +103,10 @@ def test_at_full_power_the_bound_needs_no_price_of_bandwidth():
     point, prices = parts(batch, solve(batch, Weighted(price)))
     for factor in (0.5, 2.0):
         wrong = replace(prices, bandwidth_j_per_hz=factor * prices.bandwidth_j_per_hz)
-        gap = certificate.energy_gap(batch, point, wrong, price, "fdma")
+        gap = FDMA.energy_gap(batch, point, wrong, price)
         assert np.abs(gap).max() <= 1e-8
     slow = changed(point, round_s=1.01 * point.round_s)
-    assert (certificate.energy_gap(batch, slow, prices, price, "fdma") > 1e-3).all()
+    assert (FDMA.energy_gap(batch, slow, prices, price) > 1e-3).all()
 
 
 def test_the_search_does_not_go_in_circles():
@@ -125,7 +127,7 @@ def test_full_power_is_no_excuse():
     best = solve(batch, Weighted(price))
     cost = certificate.variable_energy(batch, point) + price * point.round_s
     least = certificate.variable_energy(batch, parts(batch, best)[0]) + price * best.round_s
-    gap = certificate.energy_gap(batch, point, prices, price, "fdma")
+    gap = FDMA.energy_gap(batch, point, prices, price)
     assert (gap >= (cost - least) / cost * (1 - 1e-6)).all()
     assert (gap > 0.1).any()
 
@@ -152,10 +154,10 @@ def test_no_bound_exceeds_the_optimum_from_any_feasible_point(access):
                 bandwidth_j_per_hz=noise * prices.bandwidth_j_per_hz,
                 time_w=noise * prices.time_w,
             )
-            bound = certificate.energy_bound(batch, point, wrong, price, access)
+            bound = named(access).energy_bound(batch, point, wrong, price)
             assert (bound <= value * (1 + 1e-9)).all()
             late = changed(point, round_s=round_s)
-            bound = certificate.energy_bound(batch, late, wrong, None, access)
+            bound = named(access).energy_bound(batch, late, wrong, None)
             assert (bound <= least * (1 + 1e-9)).all()
 
 
@@ -207,7 +209,7 @@ def relative_gap(batch, point, prices, price=None, access="fdma"):
     value = certificate.variable_energy(batch, point)
     if price is not None:
         value = value + price * point.round_s
-    return (value - certificate.energy_bound(batch, point, prices, price, access)) / value
+    return (value - named(access).energy_bound(batch, point, prices, price)) / value
 
 
 def test_wrong_multipliers_open_the_gap():
@@ -248,21 +250,21 @@ def test_any_changed_decision_is_seen_as_a_violation(name):
     batch = random_batch(np.random.default_rng(8), 20, 5, floors=False)
     result = solve(batch, LeastEnergy(2 * solve(batch, Shortest()).round_s))
     point, _ = parts(batch, result)
-    assert certificate.violation(batch, point, "fdma").max() < 1e-9
+    assert FDMA.violation(batch, point).max() < 1e-9
     wrong = [0.999, 1.001] if name in ("bandwidth_hz", "upload_s") else [0.999]
     for factor in wrong:
         bad = changed(point, **{name: factor * getattr(point, name)})
-        assert (certificate.violation(batch, bad, "fdma") > 1e-6).all(), (name, factor)
+        assert (FDMA.violation(batch, bad) > 1e-6).all(), (name, factor)
 
 
 def test_bound_of_the_shortest_round_moves_away_from_a_worse_point():
     batch = random_batch(np.random.default_rng(9), 30, 6, floors=False)
     point, _ = parts(batch, solve(batch, Shortest()))
     value = point.round_s
-    bound = certificate.shortest_bound(batch, point, "fdma")
+    bound = FDMA.shortest_bound(batch, point)
     assert np.abs(1 - bound / value).max() < 1e-9
     late = changed(point, upload_s=1.05 * point.upload_s)
-    assert (certificate.shortest_bound(batch, late, "fdma") < bound * (1 - 1e-7)).any()
+    assert (FDMA.shortest_bound(batch, late) < bound * (1 - 1e-7)).any()
 
 
 def test_no_bound_exceeds_any_feasible_value():

@@ -10,13 +10,13 @@ import pytest
 from allocation_cells import random_batch
 
 from pwff_solvers.allocation import (
+    TDMA,
     Batch,
     InvalidInputError,
     LeastEnergy,
     Shortest,
     Status,
     Weighted,
-    certificate,
     solve,
 )
 from pwff_solvers.allocation import curve as module
@@ -366,10 +366,10 @@ def test_wide_range_of_cells_keeps_its_word():
 
 
 def test_bad_certificates_loosen_the_bound_and_nothing_else(monkeypatch):
-    batch, honest = cells(17, instances=2), certificate.energy_bound
+    batch, honest = cells(17, instances=2), TDMA.energy_bound
     (good, _) = energy_delay_curve(batch, 1e-2, "tdma")
     for spoil in (lambda bound: 0.9 * bound, lambda bound: np.full_like(bound, np.nan)):
-        monkeypatch.setattr(certificate, "energy_bound", lambda *a, spoil=spoil: spoil(honest(*a)))
+        monkeypatch.setattr(TDMA, "energy_bound", lambda *a, spoil=spoil: spoil(honest(*a)))
         (bad, _) = energy_delay_curve(batch, 1e-2, "tdma")
         assert bad.error > 1e-2
         delay_s = np.geomspace(good.delay_s[0], good.delay_s[-1], 50)

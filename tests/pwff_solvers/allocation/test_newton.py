@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pwff_solvers.allocation import (
+    FDMA,
     Batch,
     LeastEnergy,
     Shortest,
@@ -139,12 +140,11 @@ def test_newton_and_the_search_agree(devices, how):
     batch = random_batch(rng, 60, devices, 4.0, **how)
     shortest = solve(batch, Shortest()).round_s
     for objective in (Shortest(), LeastEnergy(2.0 * shortest), Weighted(0.1)):
-        problem = module._Problem(type(objective), "fdma")
-        target = module._target(objective, batch)
+        kind, target = type(objective), module._target(objective, batch)
         with np.errstate(all="ignore"):
             room = np.empty((batch.instances, 6, batch.devices))
-            quick = module._newton(batch, problem, target, room)
-            slow = module._search(batch, problem, target)
+            quick = FDMA.newton(batch, kind, target, room)
+            slow = FDMA.search(batch, kind, target)
         both = quick.good() & slow.good()
         assert both.mean() > 0.7, objective
         one, two = quick.decision[both, 5].sum(1), slow.decision[both, 5].sum(1)
@@ -290,6 +290,7 @@ import numpy as np
 sys.path.insert(0, sys.argv[1])
 from allocation_cells import random_batch
 from pwff_solvers.allocation import (
+    FDMA,
     LeastEnergy,
     Shortest,
     Weighted,

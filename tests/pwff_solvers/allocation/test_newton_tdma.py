@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from allocation_cells import random_arguments, random_batch
 
-from pwff_solvers.allocation import Batch, certificate
+from pwff_solvers.allocation import TDMA, Batch, certificate
 from pwff_solvers.allocation.registers import SCALARS
 from pwff_solvers.allocation.tdma import bracketed as tdma
 from pwff_solvers.allocation.tdma import newton as newton_tdma
@@ -83,9 +83,9 @@ def certified(batch, found, converged, round_s, price=None):
     primal = certificate.Primal.packed(points, round_s[converged])
     prices = certificate.Multipliers(bandwidth_j_per_hz=scalars[:, 2], time_w=scalars[:, 3])
     price = None if price is None else price[converged]
-    gap = certificate.energy_gap(part, primal, prices, price, "tdma")
+    gap = TDMA.energy_gap(part, primal, prices, price)
     assert np.abs(gap).max(initial=0) <= 0.1 * certificate.GAP_TOLERANCE
-    worst = certificate.violation(part, primal, "tdma")
+    worst = TDMA.violation(part, primal)
     assert worst.max(initial=0) <= 0.1 * certificate.VIOLATION_TOLERANCE
 
 
@@ -99,9 +99,9 @@ class TestAgainstTheSearch:
         # any price above the least supports it, and that one hangs on rounding
         converged = agree(batch, found, point, price=False)
         primal = certificate.Primal.packed(found[0], found[1][:, 1] + batch.fixed_delay_s)
-        gap = certificate.shortest_gap(batch, primal, "tdma")[converged]
+        gap = TDMA.shortest_gap(batch, primal)[converged]
         assert np.abs(gap).max() <= certificate.GAP_TOLERANCE
-        worst = certificate.violation(batch, primal, "tdma")[converged]
+        worst = TDMA.violation(batch, primal)[converged]
         assert worst.max() <= certificate.VIOLATION_TOLERANCE
 
     @pytest.mark.parametrize("slack", ROUNDS)

@@ -10,6 +10,7 @@ import pytest
 from allocation_cells import random_arguments, random_batch
 
 from pwff_solvers.allocation import (
+    FDMA,
     Batch,
     InvalidInputError,
     LeastEnergy,
@@ -63,7 +64,7 @@ def check(batch, result, q_max):
     assert good.all(), (result.gap[~good], result.violation[~good])
     assert np.abs(result.gap).max() <= 1e-8
     assert result.violation.max() <= 1e-9
-    assert certificate.violation(batch, primal(result), "fdma").max() <= 1e-9
+    assert FDMA.violation(batch, primal(result)).max() <= 1e-9
     assert (outage_probability(batch, result) <= q_max * (1 + 1e-9)).all()
 
 

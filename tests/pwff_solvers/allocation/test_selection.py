@@ -10,6 +10,7 @@ import pytest
 from allocation_cells import random_batch
 
 from pwff_solvers.allocation import (
+    FDMA,
     Batch,
     InvalidInputError,
     LeastEnergy,
@@ -94,7 +95,7 @@ def check_plan(batch, round_s, plan):
         bandwidth_hz=a.bandwidth_hz, power_w=a.power_w, frequency_hz=a.frequency_hz,
         upload_s=a.upload_s, round_s=round_s,
     )  # fmt: skip
-    assert certificate.violation(part, point, "fdma")[good].max(initial=0.0) <= 1e-9
+    assert FDMA.violation(part, point)[good].max(initial=0.0) <= 1e-9
     spent = a.device_energy_j[good]
     assert (spent[~plan.served[good]] == 0).all()
     assert (a.bandwidth_hz[good][~plan.served[good]] == 0).all()

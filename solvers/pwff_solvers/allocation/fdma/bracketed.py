@@ -15,30 +15,16 @@ from numpy.typing import NDArray
 
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.fdma.devices import Answer, Devices, Limits, answer, limits
+from pwff_solvers.allocation.point import Point
 from pwff_solvers.allocation.transforms import inverse_phi, psi
 
-__all__ = ["Cell", "Point", "least_energy", "shortest", "weighted"]
+__all__ = ["Cell", "least_energy", "shortest", "weighted"]
 
 IntArray = NDArray[np.int64]
 _OUTER_LIMIT = 100
 # A round length this close (relative) below the shortest is taken for the shortest: it is what
 # comes back when a user asks for the shortest round and then plans with it.
 _EDGE = 1e-11
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Point:
-    """A solution in the kernel's layout: [device, instance], and [instance] for the scalars."""
-
-    b: FloatArray
-    z: FloatArray
-    t: FloatArray
-    f: FloatArray
-    time: FloatArray  # round without the fixed delay; NaN where infeasible
-    price_of_bandwidth: FloatArray
-    price_of_time: FloatArray
-    shortest: FloatArray  # without the fixed delay; NaN where not computed
-    binding: IntArray  # device that holds the shortest round; -1 where not computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pwff_solvers.allocation.batch import Batch, FloatArray
-from pwff_solvers.allocation.fdma.bracketed import Point
+from pwff_solvers.allocation.point import Point
 from pwff_solvers.allocation.transforms import log_inverse_psi, psi
 
 __all__ = ["TdmaCell", "least_energy", "shortest", "weighted"]
