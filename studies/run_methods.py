@@ -256,7 +256,7 @@ class Group:
 def shortest_s(planner: Planner, plan: Schedule) -> float:
     """Return the shortest total delay of a schedule."""
     problem = planner.costs.batch(planner.costs.demand(plan), planner.gain[: len(plan)])
-    return float(solve(problem, Shortest(), planner.scenario.cell.access).round_s.sum())
+    return float(solve(problem, Shortest(), planner.access).round_s.sum())
 
 
 def run(

@@ -18,10 +18,12 @@ from pwff_opt.costs.workload import longest_sequence
 from pwff_opt.errors import DecisionError, InfeasibleError, ScenarioError, allocator_refusals
 from pwff_opt.planning.demand import CostModel, Demand
 from pwff_opt.planning.feasibility import as_schedule, demanded
+from pwff_opt.registry import ACCESS
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import Codec, LayerState, RoundDecision, Schedule
 from pwff_solvers.allocation import (
+    Access,
     Allocation,
     Batch,
     LeastEnergy,
@@ -39,7 +41,6 @@ FloatArray = NDArray[np.float64]
 # first the delay is within a few per cent of the shortest; below the last the energy is flat, CPU
 # frequencies having come down by 10^(5/3) and more.
 PRICE_DECADES = (1.0, -5.0)
-LARGEST_GAP = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -111,6 +112,8 @@ class Planner:
     scenario : Scenario
     gain : array [round, device]
         Channel power gains that the scenario draws for every round.
+    access : Access
+        How devices share the uplink band.
     costs : CostModel
         What schedules demand of devices, and the allocation problems they pose.
     codec : Codec
@@ -139,6 +142,7 @@ class Planner:
         if problems:
             raise ScenarioError(f"scenario {scenario.name!r}", problems)
         self.gain = channel_gain(scenario)
+        self.access: Access = ACCESS[scenario.cell.access]
         self.codec = Codec(
             space=scenario.decisions,
             devices=len(scenario.devices),
@@ -166,14 +170,13 @@ class Planner:
         if not read:
             return []
         problem = self._problem(*read)
-        access = self.scenario.cell.access
-        fastest = _certified(solve(problem, Shortest(), access))
+        fastest = self._certified(problem, Shortest())
         lengths = [len(schedule) for schedule in read]
         owner = np.repeat(np.arange(len(read)), lengths)
         reference_w = np.bincount(owner, fastest.energy_j) / np.bincount(owner, fastest.round_s)
         prices = reference_w[:, None] * np.logspace(*PRICE_DECADES, points - 1)
         rows = np.repeat(np.arange(len(owner)), points - 1)
-        best = _certified(solve(problem.take(rows), Weighted(prices[owner].ravel()), access))
+        best = self._certified(problem.take(rows), Weighted(prices[owner].ravel()))
         energy_j, delay_s = (
             np.column_stack([first, rest.reshape(len(owner), points - 1)])
             for first, rest in (
@@ -217,19 +220,18 @@ class Planner:
         _one_of(price_of_time_w=price_of_time_w, delay_max_s=delay_max_s)
         schedule = self._read(schedule)
         problem = self._problem(schedule)
-        access = self.scenario.cell.access
         if delay_max_s is None:
             assert price_of_time_w is not None
-            allocation = solve(problem, _at(price_of_time_w), access)
+            allocation = self._certified(problem, _at(price_of_time_w))
         else:
-            shortest_s = float(_certified(solve(problem, Shortest(), access)).round_s.sum())
+            shortest_s = float(self._certified(problem, Shortest()).round_s.sum())
             if not delay_max_s >= shortest_s:
                 raise InfeasibleError(
                     f"delay_max_s must be at least {shortest_s:.6g} s, the shortest total delay of "
                     f"{schedule}, got {delay_max_s:g}"
                 )
-            allocation, price_of_time_w = least_energy_within(problem, delay_max_s, access)
-        allocation = _certified(allocation)
+            within, price_of_time_w = least_energy_within(problem, delay_max_s, self.access)
+            allocation = _certified(within, self.access.largest_gap)
         return Plan(
             schedule=schedule,
             demand=demanded(self.costs, schedule),
@@ -269,9 +271,9 @@ class Planner:
         gains = _gains(gain, len(self.scenario.devices))
         problem = self.costs.batch(demanded(self.costs, schedule).only(int(number)), gains)
         if price_of_time_w is not None:
-            return solve(problem, _at(price_of_time_w), self.scenario.cell.access)
+            return solve(problem, _at(price_of_time_w), self.access)
         assert round_s is not None
-        return solve(problem, LeastEnergy(round_s), self.scenario.cell.access)
+        return solve(problem, LeastEnergy(round_s), self.access)
 
     def repaired(self, schedule: Schedule) -> Schedule:
         """Return the schedule made to fit every device's memory.
@@ -382,6 +384,10 @@ class Planner:
         gain = np.concatenate([self.gain[: len(schedule)] for schedule in schedules])
         return self.costs.batch(demand, gain)
 
+    def _certified(self, problem: Batch, objective: Objective) -> Allocation:
+        """Return the optimal allocation of a problem; raise where its certificate does not hold."""
+        return _certified(solve(problem, objective, self.access), self.access.largest_gap)
+
     def _smaller_until_fit(self, schedule: Schedule) -> Schedule:
         """Return the largest that fits; all layers frozen if nothing does."""
         ranks = sorted(self.scenario.decisions.ranks, reverse=True)
@@ -452,13 +458,13 @@ def _at(price_of_time_w: float) -> Objective:
     return Shortest() if price_of_time_w == np.inf else Weighted(price_of_time_w)
 
 
-def _certified(allocation: Allocation) -> Allocation:
+def _certified(allocation: Allocation, largest_gap: float) -> Allocation:
     """Return the allocation if its certificate holds; no figure may rest on an uncertified one."""
     worst = int(np.argmax(np.where(np.isnan(allocation.gap), np.inf, allocation.gap)))
     status = Status(int(allocation.status[worst]))
-    if status is Status.INFEASIBLE or not allocation.gap[worst] <= LARGEST_GAP:
+    if status is Status.INFEASIBLE or not allocation.gap[worst] <= largest_gap:
         raise InfeasibleError(
-            f"allocation of instance {worst} must have a duality gap of at most {LARGEST_GAP:g}, "
+            f"allocation of instance {worst} must have a duality gap of at most {largest_gap:g}, "
             f"got {allocation.gap[worst]:g}. {status.sentence}"
         )
     return allocation

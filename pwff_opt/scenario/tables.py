@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt
 
 from pwff_opt.errors import ScenarioError
-from pwff_opt.registry import Registry
+from pwff_opt.registry import ACCESS, Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Cell:
     downlink_power_w: Positive
     noise_psd_w_per_hz: Positive = 3.981e-21
     """-174 dBm/Hz, thermal noise at 290 K."""
-    access: Literal["fdma", "tdma"] = "fdma"
+    access: Annotated[str, OneOf(ACCESS)] = "fdma"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
