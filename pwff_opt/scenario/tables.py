@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt
 
 from pwff_opt.errors import ScenarioError
-from pwff_opt.registry import Registry
+from pwff_opt.registry import CHANNELS, Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,8 @@ class Radio:
     path_loss_slope_db: NonNegative = 37.6
     """dB per decade of distance."""
     shadowing_std_db: NonNegative = 8.0
-    fading: Literal["none", "rayleigh", "rician"] = "rayleigh"
+    fading: Annotated[str, OneOf(CHANNELS)] = "rayleigh"
+    """Small-scale fading; see :mod:`pwff_opt.channel.fading`."""
     rician_factor: NonNegative = 3.0
     """Power of the direct path over that of the scattered ones (linear); only for rician."""
 
