@@ -1,8 +1,8 @@
 """A scenario: the cell, its devices, the model and data they fine-tune, and what may be decided."""
 
+from pwff_opt.scenario.checks import LARGEST_INTEGER, field_problems, rules_of, value_problems
 from pwff_opt.scenario.tables import (
     AVERAGING,
-    LARGEST_INTEGER,
     SOURCES,
     Aggregation,
     Alignment,
@@ -26,9 +26,6 @@ from pwff_opt.scenario.tables import (
     Thresholds,
     Training,
     UploadDtype,
-    field_problems,
-    rules_of,
-    value_problems,
 )
 
 __all__ = [

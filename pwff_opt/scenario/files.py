@@ -8,33 +8,24 @@ distribution to draw from; ``[[device]]`` entries, where present, replace what w
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
-from difflib import get_close_matches
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args, get_origin
+from typing import Any
 
 from pwff_opt.errors import ScenarioError
-from pwff_opt.rng import stream
-from pwff_opt.scenario import Device, Scenario, rules_of, value_problems
+from pwff_opt.scenario import Scenario
+from pwff_opt.scenario.conversion import converted_table, is_table
+from pwff_opt.scenario.devices import device_tables
 
 BUILT_IN = files("pwff_opt.scenario") / "built_in"
-# For required quantities that could not be read; the others fall back to their defaults. They break
-# no rule of their own or between fields, so that every mistake makes one problem.
-_STAND_INS = {"distance_m": 1.0, "power_max_w": 1.0, "frequency_max_hz": 1e300}
-_DISTRIBUTIONS = {
-    "uniform": "[low, high]: equally likely between",
-    "log_uniform": "[low, high]: its logarithm equally likely between",
-    "disc": "[low, high]: distances of points spread evenly over a ring",
-    "choice": "[a, b, …]: one of the values",
-}
 
 
 def built_in_names() -> list[str]:
+    """Return the names of the scenarios that come with the package."""
     return sorted(entry.name[:-5] for entry in BUILT_IN.iterdir() if entry.name.endswith(".toml"))
 
 
@@ -74,10 +65,10 @@ def parse_scenario(text: str, *, folder: str | Path = ".", source: str = "scenar
         problems.append("folder is not a key of a scenario file")
     population = document.pop("devices", {})
     singles = document.pop("device", [])
-    seed = document.get("seeds", {}).get("devices", 1) if _is_table(document.get("seeds")) else 1
-    document["devices"] = _devices(population, singles, seed, problems)
+    seed = document.get("seeds", {}).get("devices", 1) if is_table(document.get("seeds")) else 1
+    document["devices"] = device_tables(population, singles, seed, problems)
     document["folder"] = str(Path(folder).resolve())
-    values = _table(Scenario, document, "", problems)
+    values = converted_table(Scenario, document, "", problems)
     try:
         scenario = Scenario(**values)
     except ScenarioError as error:
@@ -113,187 +104,7 @@ def resolved(scenario: Scenario) -> dict[str, Any]:
 def from_resolved(values: Mapping[str, Any]) -> Scenario:
     """Return the scenario that :func:`resolved` wrote down."""
     problems: list[str] = []
-    made = _table(Scenario, dict(values), "", problems)
+    made = converted_table(Scenario, dict(values), "", problems)
     if problems:
         raise ScenarioError("resolved scenario", problems)
     return Scenario(**made)
-
-
-# -- tables ---------------------------------------------------------------------------------------
-
-
-def _table(
-    kind: type, document: Mapping[str, Any], where: str, problems: list[str]
-) -> dict[str, Any]:
-    """Return the fields of a table, converted; report unknown, missing and ill-typed keys."""
-    hints = rules_of(kind)
-    for key in document:
-        if key not in hints:
-            near = get_close_matches(key, hints, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(hints)}"
-            problems.append(f"{where}{key} is not a known key{hint}")
-    values = {}
-    for entry in fields(kind):
-        if entry.name in document:
-            values[entry.name] = _convert(
-                document[entry.name], hints[entry.name], f"{where}{entry.name}", problems
-            )
-        elif _required(entry):
-            table = hints[entry.name]
-            keys = (
-                [own.name for own in fields(table) if _required(own)] if is_dataclass(table) else []
-            )
-            needs = f"; it needs at least {', '.join(keys)}" if keys else ""
-            problems.append(f"{where}{entry.name} is required, and missing{needs}")
-    return values
-
-
-def _required(entry: Field[Any]) -> bool:
-    return entry.default is MISSING and entry.default_factory is MISSING
-
-
-def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
-    if is_dataclass(hint):
-        if not _is_table(value):
-            problems.append(f"{where} must be a table, got {value!r}")
-            return value
-        before = len(problems)
-        made = _table(hint, value, f"{where}.", problems)  # type: ignore[arg-type]
-        if len(problems) > before:
-            # The table cannot be made; still report which of its values break their own rules.
-            for key, item in made.items():
-                problems += value_problems(item, rules_of(hint)[key], f"{where}.{key}")  # type: ignore[arg-type]
-            return None
-        return cast(Any, hint)(**made)
-    if get_origin(hint) is tuple and isinstance(value, list):
-        item = get_args(hint)[0]
-        return tuple(
-            _convert(entry, item, f"{where}[{number}]", problems)
-            for number, entry in enumerate(value)
-        )
-    if type(None) in get_args(hint) and value is not None:
-        return _convert(value, get_args(hint)[0], where, problems)
-    wants_float = get_origin(hint) is Annotated and get_args(hint)[0] is float
-    if wants_float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf  # reported as not finite
-    return value
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-# -- devices --------------------------------------------------------------------------------------
-
-
-def _devices(
-    population: Any, singles: Any, seed: Any, problems: list[str]
-) -> list[dict[str, Any]] | None:
-    """Return one table a device: drawn from the population, then replaced by its own entry.
-
-    None if there is no telling how many.
-    """
-    if isinstance(population, list):  # a resolved scenario spells every device out
-        singles, population = population, {}
-    if not _is_table(population) or not isinstance(singles, list):
-        problems.append("devices must be a table [devices] and device a list of tables [[device]]")
-        return None
-    drawn = dict(population)
-    if "count" not in drawn and not singles:
-        near = get_close_matches("count", drawn, n=1)
-        problems.append(
-            "devices.count is missing (or [[device]] entries)"
-            + (f"; devices.{near[0]} is not a known key" if near else "")
-        )
-        return None
-    count = drawn.pop("count", len(singles))
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        problems.append(
-            f"devices.count must be a whole number of at least 1 (or [[device]] entries), got {count!r}"
-        )
-        return None
-    if len(singles) > count:
-        problems.append(
-            f"device must hold at most devices.count ({count}) entries, got {len(singles)}"
-        )
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        seed = 0  # reported with the seeds
-    tables: list[dict[str, Any]] = [{} for _ in range(count)]
-    for key, rule in drawn.items():
-        if key not in rules_of(Device):
-            near = get_close_matches(key, rules_of(Device), n=1)
-            problems.append(
-                f"devices.{key} is not a known key"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-            continue
-        if _is_table(rule):
-            values = _draw(rule, key, count, seed, problems)
-        else:
-            hint = rules_of(Device)[key]
-            own = list(value_problems(_convert(rule, hint, key, []), hint, f"devices.{key}"))
-            problems += own
-            values = [] if own else [rule] * count
-        for table, value in zip(tables, values, strict=False):
-            table[key] = value
-        if not values and key in _STAND_INS:
-            for table in tables:
-                table[key] = _STAND_INS[key]
-    for table, single in zip(tables, singles, strict=False):
-        if _is_table(single):
-            table.update(single)
-        else:
-            problems.append(f"device must be a list of tables, got {single!r}")
-    for key, stand_in in _STAND_INS.items():
-        if not any(key in table for table in tables):
-            problems.append(f"devices.{key} is required, and missing")
-            for table in tables:
-                table[key] = stand_in
-    return tables
-
-
-def _draw(
-    rule: Mapping[str, Any], key: str, count: int, seed: int, problems: list[str]
-) -> list[float]:
-    where = f"devices.{key}"
-    if len(rule) != 1 or next(iter(rule)) not in _DISTRIBUTIONS:
-        known = "; ".join(f"{name} = {text}" for name, text in _DISTRIBUTIONS.items())
-        problems.append(
-            f"{where} must be a value or one distribution ({known}), got {dict(rule)!r}"
-        )
-        return []
-    name, numbers = next(iter(rule.items()))
-    where = f"{where}.{name}"
-    if not isinstance(numbers, list) or not numbers or (name != "choice" and len(numbers) != 2):
-        problems.append(f"{where} must be {_DISTRIBUTIONS[name]}, got {numbers!r}")
-        return []
-    hint = rules_of(Device)[key]
-    converted = [_convert(number, hint, where, []) for number in numbers]
-    broken = [
-        line
-        for number, item in enumerate(converted)
-        for line in value_problems(item, hint, f"{where}[{number}]")
-    ]
-    if not broken and name != "choice" and not converted[0] <= converted[1]:
-        broken.append(f"{where} must be [low, high] with low <= high, got {numbers!r}")
-    if not broken and name == "log_uniform" and not converted[0] > 0:
-        broken.append(f"{where}[0] must be greater than 0, got {numbers[0]!r}")
-    problems += broken
-    if broken:
-        return []
-    values = []
-    for device in range(count):
-        rng = stream(seed, f"devices.{key}", device=device)
-        low, high = converted[0], converted[-1]
-        if name == "uniform":
-            values.append(float(rng.uniform(low, high)))
-        elif name == "log_uniform":
-            values.append(math.exp(rng.uniform(math.log(low), math.log(high))))
-        elif name == "disc":
-            values.append(high * math.sqrt(rng.uniform((low / high) ** 2, 1.0)))
-        else:
-            values.append(float(converted[int(rng.integers(len(converted)))]))
-    return values

@@ -30,7 +30,7 @@ def test_path_loss_at_the_published_points() -> None:
 
 @pytest.mark.parametrize(("fading", "k"), [("rayleigh", 0.0), ("rician", 4.0)])
 def test_fading_follows_its_distribution(fading: str, k: float) -> None:
-    radio = Radio(fading=fading, rician_factor=4.0)  # type: ignore[arg-type]
+    radio = Radio(fading=fading, rician_factor=4.0)
     drawn = fading_gain(20_000, radio=radio, rng=np.random.default_rng(3))
     # 2 (K + 1) |g|^2 is noncentral chi-squared with 2 degrees of freedom and noncentrality 2 K.
     law = stats.ncx2(2, 2 * k) if k else stats.chi2(2)
