@@ -22,7 +22,8 @@ from pwff_solvers.allocation.slots import (
     DEVICE_POWER_MIN,
     DEVICE_WORK,
 )
-from pwff_solvers.compiled.elementary import COMPILED, FloatArray, entry
+from pwff_solvers.compiled.elementary import FloatArray, entry
+from pwff_solvers.compiled.switch import COMPILED
 from pwff_solvers.errors import InvalidInputError
 
 __all__ = ["Batch", "FloatArray"]

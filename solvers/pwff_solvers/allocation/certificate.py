@@ -36,12 +36,12 @@ from pwff_solvers.allocation.slots import (
     PRIMAL,
 )
 from pwff_solvers.compiled.elementary import (
-    COMPILED,
     entry,
     kernel,
     log1p,
     select,
 )
+from pwff_solvers.compiled.switch import COMPILED
 
 __all__ = [
     "GAP_TOLERANCE",

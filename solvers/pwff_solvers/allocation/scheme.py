@@ -27,7 +27,7 @@ from pwff_solvers.allocation.slots import (
     POINT_UPLOAD,
     POINTS,
 )
-from pwff_solvers.compiled.elementary import COMPILED
+from pwff_solvers.compiled.switch import COMPILED
 
 __all__ = ["Found", "Scheme"]
 

@@ -53,7 +53,6 @@ from pwff_solvers.allocation.slots import (
     PRIMAL,
 )
 from pwff_solvers.compiled.elementary import (
-    COMPILED,
     cbrt,
     entry,
     exp_pair,
@@ -61,6 +60,7 @@ from pwff_solvers.compiled.elementary import (
     log1p,
     select,
 )
+from pwff_solvers.compiled.switch import COMPILED
 
 __all__ = ["energy_and_bound", "judge", "shortest_bound"]
 
