@@ -15,7 +15,7 @@ from pwff_solvers.allocation import (
     solve,
 )
 from pwff_solvers.allocation.solve import SCHEMES
-from pwff_solvers.compiled.elementary import COMPILED
+from pwff_solvers.compiled.switch import COMPILED
 
 
 def main() -> None:

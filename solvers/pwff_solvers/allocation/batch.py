@@ -8,7 +8,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pwff_solvers.allocation.checks import NOT_NEGATIVE, POSITIVE, Rule, as_array, check, rows
-from pwff_solvers.compiled.elementary import COMPILED, FloatArray, entry
+from pwff_solvers.allocation.slots import (
+    CELL_BAND,
+    CELL_DELAY,
+    CELL_NOISE,
+    DEVICE_F_MAX,
+    DEVICE_F_MIN,
+    DEVICE_FIXED_ENERGY,
+    DEVICE_GAIN,
+    DEVICE_KAPPA,
+    DEVICE_PAYLOAD,
+    DEVICE_POWER_MAX,
+    DEVICE_POWER_MIN,
+    DEVICE_WORK,
+)
+from pwff_solvers.compiled.elementary import FloatArray, entry
+from pwff_solvers.compiled.switch import COMPILED
 from pwff_solvers.errors import InvalidInputError
 
 __all__ = ["Batch", "FloatArray"]
@@ -220,18 +235,18 @@ class Batch:
         """Number of devices of every instance."""
         return int(self.device.shape[2])
 
-    payload_bit = _column(0)
-    work_cycles = _column(1)
-    gain = _column(2)
-    power_max_w = _column(3)
-    frequency_min_hz = _column(4)
-    frequency_max_hz = _column(5)
-    kappa = _column(6)
-    power_min_w = _column(7)
-    fixed_energy_j = _column(8)
-    bandwidth_hz = _scalar(0)
-    noise_psd_w_per_hz = _scalar(1)
-    fixed_delay_s = _scalar(2)
+    payload_bit = _column(DEVICE_PAYLOAD)
+    work_cycles = _column(DEVICE_WORK)
+    gain = _column(DEVICE_GAIN)
+    power_max_w = _column(DEVICE_POWER_MAX)
+    frequency_min_hz = _column(DEVICE_F_MIN)
+    frequency_max_hz = _column(DEVICE_F_MAX)
+    kappa = _column(DEVICE_KAPPA)
+    power_min_w = _column(DEVICE_POWER_MIN)
+    fixed_energy_j = _column(DEVICE_FIXED_ENERGY)
+    bandwidth_hz = _scalar(CELL_BAND)
+    noise_psd_w_per_hz = _scalar(CELL_NOISE)
+    fixed_delay_s = _scalar(CELL_DELAY)
 
 
 def _batch(device: FloatArray, cell: FloatArray) -> Batch:
@@ -253,23 +268,33 @@ def _good(device: FloatArray, cell: FloatArray) -> bool:
     product or ratio in the kernels can leave the range, and none has to be evaluated.
     """
     for i in range(device.shape[0]):
-        if not (_LEAST <= cell[i, 0] <= _MOST and _LEAST <= cell[i, 1] <= _MOST):
+        if not (_LEAST <= cell[i, CELL_BAND] <= _MOST and _LEAST <= cell[i, CELL_NOISE] <= _MOST):
             return False
-        if not 0.0 <= cell[i, 2] < np.inf:
+        if not 0.0 <= cell[i, CELL_DELAY] < np.inf:
             return False
         for k in range(device.shape[2]):
-            payload, work, kappa = device[i, 0, k], device[i, 1, k], device[i, 6, k]
+            payload, work, kappa = (
+                device[i, DEVICE_PAYLOAD, k],
+                device[i, DEVICE_WORK, k],
+                device[i, DEVICE_KAPPA, k],
+            )
             if not (0.0 <= payload <= _MOST and 0.0 <= work <= _MOST and 0.0 <= kappa <= _MOST):
                 return False
             if 0.0 < payload < _LEAST or 0.0 < work < _LEAST or 0.0 < kappa < _LEAST:
                 return False
-            if not (_LEAST <= device[i, 2, k] <= _MOST and _LEAST <= device[i, 3, k] <= _MOST):
+            if not (
+                _LEAST <= device[i, DEVICE_GAIN, k] <= _MOST
+                and _LEAST <= device[i, DEVICE_POWER_MAX, k] <= _MOST
+            ):
                 return False
-            if not 0.0 <= device[i, 4, k] <= device[i, 5, k] <= _MOST:
+            if not 0.0 <= device[i, DEVICE_F_MIN, k] <= device[i, DEVICE_F_MAX, k] <= _MOST:
                 return False
-            if not (device[i, 5, k] >= _LEAST and 0.0 <= device[i, 7, k] <= device[i, 3, k]):
+            if not (
+                device[i, DEVICE_F_MAX, k] >= _LEAST
+                and 0.0 <= device[i, DEVICE_POWER_MIN, k] <= device[i, DEVICE_POWER_MAX, k]
+            ):
                 return False
-            if not 0.0 <= device[i, 8, k] < np.inf:
+            if not 0.0 <= device[i, DEVICE_FIXED_ENERGY, k] < np.inf:
                 return False
     return True
 
@@ -278,18 +303,37 @@ def _complain(arrays: list[FloatArray], device: FloatArray, cell: FloatArray) ->
     """Raise for the first rule that is broken, if any, naming argument, index, rule and value."""
     for name, array in zip(_NAMES, arrays, strict=True):
         check(name, array, _DEVICE.get(name) or _CELL[name])
-    _check_order(device[:, 7], device[:, 3], "power_min_w", "power_max_w")
-    _check_order(device[:, 4], device[:, 5], "frequency_min_hz", "frequency_max_hz")
+    _check_order(
+        device[:, DEVICE_POWER_MIN], device[:, DEVICE_POWER_MAX], "power_min_w", "power_max_w"
+    )
+    _check_order(
+        device[:, DEVICE_F_MIN], device[:, DEVICE_F_MAX], "frequency_min_hz", "frequency_max_hz"
+    )
     payload, work, gain, power, _, f_max, kappa = (device[:, n] for n in range(7))
-    band, noise = cell[:, 0, None], cell[:, 1, None]
+    band, noise = cell[:, CELL_BAND, None], cell[:, CELL_NOISE, None]
     with np.errstate(all="ignore"):
         g = gain / noise
         for what, names, value, wanted in (
-            ("G = h/N0", (2, 10), g, True),
-            ("P G/B", (3, 2, 10, 9), power * g / band, True),
-            ("a/(P G)", (0, 3, 2, 10), payload * np.log(2.0) / (power * g), payload > 0),
-            ("c/f_max", (1, 5), work / f_max, work > 0),
-            ("kappa c^3", (6, 1), 2.0 * kappa * work * work * work, (kappa > 0) & (work > 0)),
+            ("G = h/N0", ("gain", "noise_psd_w_per_hz"), g, True),
+            (
+                "P G/B",
+                ("power_max_w", "gain", "noise_psd_w_per_hz", "bandwidth_hz"),
+                power * g / band,
+                True,
+            ),
+            (
+                "a/(P G)",
+                ("payload_bit", "power_max_w", "gain", "noise_psd_w_per_hz"),
+                payload * np.log(2.0) / (power * g),
+                payload > 0,
+            ),
+            ("c/f_max", ("work_cycles", "frequency_max_hz"), work / f_max, work > 0),
+            (
+                "kappa c^3",
+                ("kappa", "work_cycles"),
+                2.0 * kappa * work * work * work,
+                (kappa > 0) & (work > 0),
+            ),
         ):
             wrong = wanted & ~((value > 0) & (value < np.inf))
             if wrong.any():
@@ -298,7 +342,7 @@ def _complain(arrays: list[FloatArray], device: FloatArray, cell: FloatArray) ->
 
 def _complain_range(
     what: str,
-    names: tuple[int, ...],
+    names: tuple[str, ...],
     value: FloatArray,
     wrong: NDArray[np.bool_],
     device: FloatArray,
@@ -307,10 +351,10 @@ def _complain_range(
     """Raise for a quantity of several arguments, ``names``, that is 0 or infinite where ``wrong``."""
     i, k = (int(v) for v in np.argwhere(wrong)[0])
     parts = [
-        f"{_NAMES[n]}[{i}, {k}] = {device[i, n, k]}"
-        if n < len(_DEVICE)
-        else f"{_NAMES[n]}[{i}] = {cell[i, n - len(_DEVICE)]}"
-        for n in names
+        f"{name}[{i}, {k}] = {device[i, list(_DEVICE).index(name), k]}"
+        if name in _DEVICE
+        else f"{name}[{i}] = {cell[i, list(_CELL).index(name)]}"
+        for name in names
     ]
     raise InvalidInputError(
         f"{', '.join(parts[:-1])} and {parts[-1]} must give a positive, finite {what}, "

@@ -18,13 +18,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pwff_solvers.allocation.batch import Batch, FloatArray
+from pwff_solvers.allocation.slots import (
+    CELL_BAND,
+    CELL_DELAY,
+    CELL_NOISE,
+    DEVICE_F_MAX,
+    DEVICE_F_MIN,
+    DEVICE_GAIN,
+    DEVICE_PAYLOAD,
+    DEVICE_POWER_MAX,
+    DEVICE_POWER_MIN,
+    DEVICE_WORK,
+    POINT_BAND,
+    POINT_FREQUENCY,
+    POINT_POWER,
+    POINT_UPLOAD,
+    PRIMAL,
+)
 from pwff_solvers.compiled.elementary import (
-    COMPILED,
     entry,
     kernel,
     log1p,
     select,
 )
+from pwff_solvers.compiled.switch import COMPILED
 
 __all__ = [
     "GAP_TOLERANCE",
@@ -77,22 +94,22 @@ class Primal:
     @property
     def frequency_hz(self) -> FloatArray:
         """Frequencies [instance, device]."""
-        return self.decision[:, 2]
+        return self.decision[:, POINT_FREQUENCY]
 
     @property
     def upload_s(self) -> FloatArray:
         """Upload times [instance, device]."""
-        return self.decision[:, 3]
+        return self.decision[:, POINT_UPLOAD]
 
     @property
     def power_w(self) -> FloatArray:
         """Powers [instance, device]."""
-        return self.decision[:, 1]
+        return self.decision[:, POINT_POWER]
 
     @property
     def bandwidth_hz(self) -> FloatArray:
         """Bandwidths [instance, device]."""
-        return self.decision[:, 0]
+        return self.decision[:, POINT_BAND]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -137,9 +154,17 @@ def _violation_terms(
 def violation_of(d: Any, q: Any, cell: Any, time: Any, in_turn: Any, s: Any) -> Any:
     """Largest violation in one instance, the cell's own limits included."""
     one, two, three = s[0], s[1], s[2]
-    s_, c_, h_, p_, m_, l_, u_ = d[0], d[1], d[2], d[3], d[7], d[4], d[5]
-    b_, w_, f_, t_ = q[0], q[1], q[2], q[3]
-    noise = cell[1]
+    s_, c_, h_, p_, m_, l_, u_ = (
+        d[DEVICE_PAYLOAD],
+        d[DEVICE_WORK],
+        d[DEVICE_GAIN],
+        d[DEVICE_POWER_MAX],
+        d[DEVICE_POWER_MIN],
+        d[DEVICE_F_MIN],
+        d[DEVICE_F_MAX],
+    )
+    b_, w_, f_, t_ = q[POINT_BAND], q[POINT_POWER], q[POINT_FREQUENCY], q[POINT_UPLOAD]
+    noise = cell[CELL_NOISE]
     for k in range(one.size):
         one[k], two[k], three[k] = _violation_terms(
             s_[k], c_[k], h_[k], p_[k], m_[k], l_[k], u_[k], b_[k], w_[k], f_[k], t_[k], noise
@@ -158,7 +183,7 @@ def violation_of(d: Any, q: Any, cell: Any, time: Any, in_turn: Any, s: Any) -> 
     if in_turn:
         end = wait + t_.sum()
         band = wide
-    most = _worse1(most, band / cell[0] - 1.0)
+    most = _worse1(most, band / cell[CELL_BAND] - 1.0)
     late = end / time - 1.0 if time > 0.0 else np.inf
     return _worse1(most, late if end > 0.0 else 0.0)
 
@@ -182,14 +207,22 @@ if not COMPILED:
     # compiled code does not warn
     @np.errstate(all="ignore")
     def _violations(device: Any, cell: Any, point: Any, time: Any, in_turn: bool) -> Any:
-        order = (0, 1, 2, 3, 7, 4, 5)
-        worst, wait, end = _violation_terms(
-            *[*split(device, order), *split(point, range(4)), cell[:, 1, None]]
+        order = (
+            DEVICE_PAYLOAD,
+            DEVICE_WORK,
+            DEVICE_GAIN,
+            DEVICE_POWER_MAX,
+            DEVICE_POWER_MIN,
+            DEVICE_F_MIN,
+            DEVICE_F_MAX,
         )
-        band = point[:, 0].max(1) if in_turn else point[:, 0].sum(1)
-        last = wait.max(1) + point[:, 3].sum(1) if in_turn else end.max(1)
+        worst, wait, end = _violation_terms(
+            *[*split(device, order), *split(point, PRIMAL), cell[:, CELL_NOISE, None]]
+        )
+        band = point[:, POINT_BAND].max(1) if in_turn else point[:, POINT_BAND].sum(1)
+        last = wait.max(1) + point[:, POINT_UPLOAD].sum(1) if in_turn else end.max(1)
         late = np.where(last > 0, np.where(time > 0, last / time - 1.0, np.inf), 0.0)
-        return np.maximum.reduce([worst.max(1), band / cell[:, 0] - 1.0, late, 0.0 * late])
+        return np.maximum.reduce([worst.max(1), band / cell[:, CELL_BAND] - 1.0, late, 0.0 * late])
 
 
 def columns(batch: Batch) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
@@ -257,6 +290,6 @@ def violation(batch: Batch, point: Primal, *, in_turn: bool) -> FloatArray:
     ``in_turn``: whether devices upload one after another, each in the whole band.
     """
     result: FloatArray = _violations(
-        batch.device, batch.cell, point.decision, point.round_s - batch.cell[:, 2], in_turn
+        batch.device, batch.cell, point.decision, point.round_s - batch.cell[:, CELL_DELAY], in_turn
     )
     return result

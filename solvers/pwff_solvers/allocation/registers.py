@@ -13,13 +13,33 @@ from __future__ import annotations
 
 import math
 
+from pwff_solvers.allocation.slots import (
+    CELL_BAND,
+    CELL_NOISE,
+    DEVICE_F_MAX,
+    DEVICE_F_MIN,
+    DEVICE_FIXED_ENERGY,
+    DEVICE_GAIN,
+    DEVICE_KAPPA,
+    DEVICE_PAYLOAD,
+    DEVICE_POWER_MAX,
+    DEVICE_WORK,
+    POINT_BAND,
+    POINT_COMPUTE,
+    POINT_ENERGY,
+    POINT_FREQUENCY,
+    POINT_POWER,
+    POINT_UPLOAD,
+    SCALAR_CONVERGED,
+    SCALAR_LAM,
+    SCALAR_MU,
+    SCALAR_SLOPE,
+    SCALAR_TIME,
+)
 from pwff_solvers.compiled.elementary import exp_pair, kernel, log, rough_log
 
 # Fewer than 16 and LLVM takes the loop for one not worth vectorising.
 LANES = 16
-# Scalars of a solution [instance]: converged, time, price of bandwidth, price of time, and the
-# slope of the latter in the logarithm of the former.
-SCALARS = 5
 # log-steps are cut here, well inside the range of the rational exponential below
 CUT = 1.8
 # The last step taken; quadratic convergence leaves about its square.
@@ -132,7 +152,7 @@ def by_lanes(instances, devices):
 def first_live(device, i):
     """Return the first device with payload, -1 if there is none."""
     for k in range(device.shape[2]):
-        if device[i, 0, k] > 0.0:
+        if device[i, DEVICE_PAYLOAD, k] > 0.0:
             return k
     return -1
 
@@ -142,26 +162,26 @@ def load(block, cells, device, cell, i, lane, joined):
     """Copy an instance into a lane, or into the whole block if ``joined``."""
     devices = device.shape[2]
     stand_in = max(first_live(device, i), 0)
-    per_noise = 1.0 / cell[i, 1]
+    per_noise = 1.0 / cell[i, CELL_NOISE]
     slots = (devices + LANES - 1) // LANES * LANES if joined else devices
     for slot in range(slots):
         k = slot if slot < devices else stand_in
-        live = slot < devices and device[i, 0, k] > 0.0
+        live = slot < devices and device[i, DEVICE_PAYLOAD, k] > 0.0
         k = k if live else stand_in
         at = slot // LANES * ROW + slot % LANES if joined else slot * ROW + lane
         block[at + WEIGHT * LANES] = 1.0 if live else 0.0
-        block[at + A * LANES] = device[i, 0, k] * _LN2
-        block[at + G * LANES] = device[i, 2, k] * per_noise
-        block[at + LEAST * LANES] = device[i, 3, k]
-        block[at + TWICE_C * LANES] = device[i, 6, k]
-        block[at + FAST * LANES] = device[i, 5, k]
-        block[at + SLOW * LANES] = device[i, 4, k]
-        block[at + X * LANES] = device[i, 1, k]
+        block[at + A * LANES] = device[i, DEVICE_PAYLOAD, k] * _LN2
+        block[at + G * LANES] = device[i, DEVICE_GAIN, k] * per_noise
+        block[at + LEAST * LANES] = device[i, DEVICE_POWER_MAX, k]
+        block[at + TWICE_C * LANES] = device[i, DEVICE_KAPPA, k]
+        block[at + FAST * LANES] = device[i, DEVICE_F_MAX, k]
+        block[at + SLOW * LANES] = device[i, DEVICE_F_MIN, k]
+        block[at + X * LANES] = device[i, DEVICE_WORK, k]
     if joined:
         for other in range(LANES):
-            cells[BAND * LANES + other] = cell[i, 0]
+            cells[BAND * LANES + other] = cell[i, CELL_BAND]
     else:
-        cells[BAND * LANES + lane] = cell[i, 0]
+        cells[BAND * LANES + lane] = cell[i, CELL_BAND]
 
 
 @kernel
@@ -340,14 +360,19 @@ def take_out(block, cells, device, i, lane, joined, points, scalars):
     """Copy an instance's answers out; devices without payload compute at leisure."""
     time = cells[TIME * LANES + lane]
     mu = cells[M * LANES + lane]
-    b_, p_, f_, t_ = points[i, 0], points[i, 1], points[i, 2], points[i, 3]
-    compute_, energy_ = points[i, 4], points[i, 5]
+    b_, p_, f_, t_ = (
+        points[i, POINT_BAND],
+        points[i, POINT_POWER],
+        points[i, POINT_FREQUENCY],
+        points[i, POINT_UPLOAD],
+    )
+    compute_, energy_ = points[i, POINT_COMPUTE], points[i, POINT_ENERGY]
     for k in range(device.shape[2]):
-        work = device[i, 1, k]
-        f_min = device[i, 4, k]
-        f_max = device[i, 5, k]
+        work = device[i, DEVICE_WORK, k]
+        f_min = device[i, DEVICE_F_MIN, k]
+        f_max = device[i, DEVICE_F_MAX, k]
         rest = time
-        if device[i, 0, k] > 0.0:
+        if device[i, DEVICE_PAYLOAD, k] > 0.0:
             at = k // LANES * ROW + k % LANES if joined else k * ROW + lane
             b_[k] = block[at + OUT_B * LANES]
             p_[k] = block[at + OUT_P * LANES]
@@ -361,14 +386,14 @@ def take_out(block, cells, device, i, lane, joined, points, scalars):
             energy_[k] = 0.0
             # to the right of a kink the device has stopped slowing down: time has no price
             if work / time > f_min:
-                mu += 2.0 * device[i, 6, k] * (work / time) ** 3
+                mu += 2.0 * device[i, DEVICE_KAPPA, k] * (work / time) ** 3
         f = work / rest if work > 0.0 else f_min
         f = max(min(f, f_max), f_min)
         f_[k] = f
         compute_[k] = work / f if work > 0.0 else 0.0
-        energy_[k] += device[i, 6, k] * work * f * f + device[i, 8, k]
-    scalars[i, 0] = 1.0
-    scalars[i, 1] = time
-    scalars[i, 2] = cells[LAM * LANES + lane]
-    scalars[i, 3] = mu
-    scalars[i, 4] = cells[M_L * LANES + lane]
+        energy_[k] += device[i, DEVICE_KAPPA, k] * work * f * f + device[i, DEVICE_FIXED_ENERGY, k]
+    scalars[i, SCALAR_CONVERGED] = 1.0
+    scalars[i, SCALAR_TIME] = time
+    scalars[i, SCALAR_LAM] = cells[LAM * LANES + lane]
+    scalars[i, SCALAR_MU] = mu
+    scalars[i, SCALAR_SLOPE] = cells[M_L * LANES + lane]

@@ -17,7 +17,17 @@ from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.certificate import GAP_TOLERANCE, VIOLATION_TOLERANCE
 from pwff_solvers.allocation.objectives import LeastEnergy, Shortest, Weighted
 from pwff_solvers.allocation.point import Point
-from pwff_solvers.compiled.elementary import COMPILED
+from pwff_solvers.allocation.slots import (
+    CELL_DELAY,
+    POINT_BAND,
+    POINT_COMPUTE,
+    POINT_ENERGY,
+    POINT_FREQUENCY,
+    POINT_POWER,
+    POINT_UPLOAD,
+    POINTS,
+)
+from pwff_solvers.compiled.switch import COMPILED
 
 __all__ = ["Found", "Scheme"]
 
@@ -82,29 +92,31 @@ class Found:
         binding = np.full(instances, -1, dtype=np.int64)
         # a given round is returned as given: adding the delay back would change its last bit
         given = objective is LeastEnergy
-        round_s = target if given else self.time + batch.cell[:, 2]
+        round_s = target if given else self.time + batch.cell[:, CELL_DELAY]
         if not self.perfect:
             # no point is no proof: only a shortest round that is certified to be longer is one
-            late = (self.shortest + batch.cell[:, 2]) * (1.0 - np.abs(self.gap)) > target
+            late = (self.shortest + batch.cell[:, CELL_DELAY]) * (1.0 - np.abs(self.gap)) > target
             infeasible = np.isnan(self.time) & late & (objective is LeastEnergy)
             binding = np.where(infeasible, self.binding, -1).astype(np.int64)
             round_s = np.where(np.isnan(self.time), np.nan, round_s)
             status[~self.good() | np.isnan(self.time)] = Status.INACCURATE
             status[infeasible] = Status.INFEASIBLE
         return Allocation(
-            bandwidth_hz=self.decision[:, 0],
-            power_w=self.decision[:, 1],
-            frequency_hz=self.decision[:, 2],
-            upload_s=self.decision[:, 3],
-            compute_s=self.decision[:, 4],
-            device_energy_j=self.decision[:, 5],
+            bandwidth_hz=self.decision[:, POINT_BAND],
+            power_w=self.decision[:, POINT_POWER],
+            frequency_hz=self.decision[:, POINT_FREQUENCY],
+            upload_s=self.decision[:, POINT_UPLOAD],
+            compute_s=self.decision[:, POINT_COMPUTE],
+            device_energy_j=self.decision[:, POINT_ENERGY],
             energy_j=self.energy,
             round_s=round_s,
             price_of_bandwidth_j_per_hz=self.lam,
             # at a kink a range of prices supports the point, the one asked for among them
             price_of_time_w=target if objective is Weighted else self.mu,
             status=status,
-            shortest_round_s=round_s if objective is Shortest else self.shortest + batch.cell[:, 2],
+            shortest_round_s=round_s
+            if objective is Shortest
+            else self.shortest + batch.cell[:, CELL_DELAY],
             binding_device=binding,
             gap=self.gap,
             violation=self.violation,
@@ -210,7 +222,7 @@ class Scheme(ABC):
         # the pieces are the same for any number of threads, and so is the result to the last bit
         size = max(registers.LANES, _PIECE // batch.devices // registers.LANES * registers.LANES)
         pieces = [slice(i, i + size) for i in range(0, max(batch.instances, 1), size)]
-        decision = np.empty((batch.instances, 6, batch.devices))
+        decision = np.empty((batch.instances, POINTS, batch.devices))
         if len(pieces) == 1:
             found = self._piece(batch, objective, target, decision)
         else:
@@ -286,7 +298,7 @@ class Scheme(ABC):
         mu: FloatArray,
     ) -> tuple[FloatArray, FloatArray]:
         """Return the relative duality gap and the largest violation of a point, [instance] each."""
-        round_s = time + batch.cell[:, 2]
+        round_s = time + batch.cell[:, CELL_DELAY]
         if objective is LeastEnergy:
             # as given: adding the delay back would change its last bit
             round_s = np.where(np.isnan(time), np.nan, target)

@@ -1,30 +1,26 @@
-"""Elementary functions that LLVM can vectorise, and the switch between numba and plain numpy.
+"""Elementary functions that LLVM can vectorise, under numba or in plain numpy.
 
 Numba from PyPI has no vector library of mathematics, so a loop that calls ``math.exp`` stays scalar.
 Written out in additions, multiplications and shifts of bits, ``exp`` and ``log`` run on whole
 registers.  Formulas that use only the functions of this module are written once: under numba they
 are compiled for numbers inside loops, without it the same source works on arrays.
 
-Numba is used where it can be imported, unless the environment says ``PWFF_NUMBA=0`` (or ``false``,
-``no``, ``off``; or numba's own ``NUMBA_DISABLE_JIT=1``).  The compiled ``log`` and ``log1p`` are for
-positive normal numbers only.
+The compiled ``log`` and ``log1p`` are for positive normal numbers only.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pwff_solvers.compiled.stamp import stamp, stamped
+from pwff_solvers.compiled.switch import COMPILED
+
 __all__ = [
-    "COMPILED",
     "FloatArray",
     "cbrt",
     "entry",
@@ -38,20 +34,6 @@ __all__ = [
 FloatArray = NDArray[np.float64]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _numba_wanted() -> bool:
-    if os.environ.get("PWFF_NUMBA", "").lower() in ("0", "false", "no", "off"):
-        return False
-    try:
-        import numba
-    except ImportError:
-        return False
-    return not numba.config.DISABLE_JIT
-
-
-COMPILED = _numba_wanted()
-"""True where numba compiles the kernels."""
 
 _LN2 = math.log(2.0)
 _INVERSE_LN2 = 1.0 / _LN2
@@ -72,15 +54,7 @@ if COMPILED and not TYPE_CHECKING:
     from numba.core import types
     from numba.extending import intrinsic
 
-    # Numba's cache asks only whether the file of the function itself has changed, not those that it
-    # takes constants and kernels from: so the stamp is that of all files with kernels.
-    _STAMP = hashlib.sha256(
-        b"".join(
-            path.read_bytes()
-            for folder in ("compiled", "allocation", "allocation/fdma", "allocation/tdma")
-            for path in sorted((Path(__file__).parents[1] / folder).glob("*.py"))
-        )
-    ).hexdigest()
+    _STAMP = stamp("compiled", "allocation", "allocation/fdma", "allocation/tdma")
 
     def _compiled(function: _Function, **options: Any) -> _Function:
         """Compile; contraction (fused multiply-add) is allowed, reordering is not.
@@ -90,10 +64,7 @@ if COMPILED and not TYPE_CHECKING:
         dispatcher = numba.njit(
             fastmath={"contract", "nsz"}, error_model="numpy", cache=True, **options
         )(function)
-        # private, hence guarded: without it a stale kernel may survive an upgrade in place
-        with contextlib.suppress(AttributeError):
-            dispatcher._cache._cache_file._source_stamp = _STAMP
-        return dispatcher
+        return stamped(dispatcher, _STAMP)
 
     def kernel(function: _Function) -> _Function:
         """Compile, and inline wherever it is called: a call would stop vectorisation."""

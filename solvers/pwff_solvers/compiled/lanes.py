@@ -6,18 +6,17 @@ is never seen by Python; ``+ - * /`` work on two of them, or on one and a number
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
 import operator
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, models, overload, register_model
+
+from pwff_solvers.compiled.stamp import stamp, stamped
 
 LANES = 16
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
@@ -269,10 +268,7 @@ def power_of_two(typing: Any, shifted: Any) -> Any:
 
 # --- compilation ---------------------------------------------------------------------------------
 
-# Numba's cache asks only whether the file of the function itself has changed, not this one.
-_STAMP = hashlib.sha256(
-    b"".join((Path(__file__).parent / name).read_bytes() for name in ("lanes.py", "transformer.py"))
-).hexdigest()
+_STAMP = stamp("compiled/lanes.py", "compiled/transformer.py")
 
 
 def kernel(function: Any) -> Any:
@@ -283,6 +279,4 @@ def kernel(function: Any) -> Any:
 def entry(function: Any) -> Any:
     """Compile a function that Python calls; it lets other threads run."""
     dispatcher = numba.njit(error_model="numpy", nogil=True, cache=True)(function)
-    with contextlib.suppress(AttributeError):  # private
-        dispatcher._cache._cache_file._source_stamp = _STAMP
-    return dispatcher
+    return stamped(dispatcher, _STAMP)

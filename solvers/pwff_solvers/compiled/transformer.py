@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from pwff_solvers.compiled.elementary import COMPILED
 from pwff_solvers.compiled.lanes import (
     LANES,
     entry,
@@ -32,6 +31,7 @@ from pwff_solvers.compiled.lanes import (
     unless_below,
     where_seen,
 )
+from pwff_solvers.compiled.switch import COMPILED
 
 AVAILABLE = COMPILED
 """False where numba is switched off; then torch's operations do the same."""

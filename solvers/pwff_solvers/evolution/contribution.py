@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pwff_solvers.compiled.elementary import COMPILED
+from pwff_solvers.compiled.switch import COMPILED
 from pwff_solvers.front import hypervolume
 
 IntArray = NDArray[np.int64]

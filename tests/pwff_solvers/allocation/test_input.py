@@ -23,7 +23,7 @@ from pwff_solvers.allocation import (
     energy_delay_curve,
     solve,
 )
-from pwff_solvers.compiled import elementary
+from pwff_solvers.compiled import switch
 
 GOOD = {
     "payload_bit": [[1e5, 2e5]],
@@ -272,7 +272,7 @@ def test_results_say_in_one_line_what_they_are():
 @pytest.mark.parametrize("word", ["0", "false", "No", "OFF"])
 def test_numba_can_be_switched_off(word, monkeypatch):
     monkeypatch.setenv("PWFF_NUMBA", word)
-    assert not elementary._numba_wanted()
+    assert not switch.numba_wanted()
 
 
 def test_shapes_broadcast():

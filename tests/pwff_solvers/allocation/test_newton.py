@@ -25,7 +25,6 @@ from pwff_solvers.allocation import (
 from pwff_solvers.allocation.fdma import newton
 from pwff_solvers.allocation.registers import inverse_phi, inverse_psi
 from pwff_solvers.compiled.elementary import (
-    COMPILED,
     cbrt,
     entry,
     exp_pair,
@@ -34,6 +33,7 @@ from pwff_solvers.compiled.elementary import (
     rough_exp,
     rough_log,
 )
+from pwff_solvers.compiled.switch import COMPILED
 
 module = import_module("pwff_solvers.allocation.solve")
 compiled = pytest.mark.skipif(not COMPILED, reason="numba is absent or switched off")
@@ -290,15 +290,14 @@ import numpy as np
 sys.path.insert(0, sys.argv[1])
 from allocation_cells import random_batch
 from pwff_solvers.allocation import (
-    FDMA,
     LeastEnergy,
     Shortest,
     Weighted,
     solve,
 )
-from pwff_solvers.compiled import elementary
+from pwff_solvers.compiled import switch
 from pwff_solvers.extras import solve_outage
-assert elementary.COMPILED == (sys.argv[2] == "1")
+assert switch.COMPILED == (sys.argv[2] == "1")
 batch = random_batch(np.random.default_rng(9), 40, 7, 4.0, zeros=True)
 rows = []
 for access in ("fdma", "tdma"):

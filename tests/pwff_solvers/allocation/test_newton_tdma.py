@@ -10,10 +10,10 @@ import pytest
 from allocation_cells import random_arguments, random_batch
 
 from pwff_solvers.allocation import TDMA, Batch, certificate
-from pwff_solvers.allocation.registers import SCALARS
+from pwff_solvers.allocation.slots import SCALARS
 from pwff_solvers.allocation.tdma import bracketed as tdma
 from pwff_solvers.allocation.tdma import newton as newton_tdma
-from pwff_solvers.compiled.elementary import COMPILED
+from pwff_solvers.compiled.switch import COMPILED
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="needs numba")
 

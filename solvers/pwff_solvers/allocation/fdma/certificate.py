@@ -34,8 +34,25 @@ from pwff_solvers.allocation.certificate import (
     split,
     violation_of,
 )
+from pwff_solvers.allocation.slots import (
+    CELL_BAND,
+    CELL_DELAY,
+    CELL_NOISE,
+    DEVICE_F_MAX,
+    DEVICE_F_MIN,
+    DEVICE_GAIN,
+    DEVICE_KAPPA,
+    DEVICE_PAYLOAD,
+    DEVICE_POWER_MAX,
+    DEVICE_WORK,
+    POINT_BAND,
+    POINT_ENERGY,
+    POINT_FREQUENCY,
+    POINT_POWER,
+    POINT_UPLOAD,
+    PRIMAL,
+)
 from pwff_solvers.compiled.elementary import (
-    COMPILED,
     cbrt,
     entry,
     exp_pair,
@@ -43,6 +60,7 @@ from pwff_solvers.compiled.elementary import (
     log1p,
     select,
 )
+from pwff_solvers.compiled.switch import COMPILED
 
 __all__ = ["energy_and_bound", "judge", "shortest_bound"]
 
@@ -197,9 +215,17 @@ def _energy_of(
 ) -> Any:
     """Bound, price of time and energy of one instance; ``s`` is room for the terms."""
     one, two, three, four, five, six = s[0], s[1], s[2], s[3], s[4], s[5]
-    s_, c_, h_, p_, l_, u_, k_ = d[0], d[1], d[2], d[3], d[4], d[5], d[6]
-    b_, w_, f_, t_ = q[0], q[1], q[2], q[3]
-    band, noise = cell[0], cell[1]
+    s_, c_, h_, p_, l_, u_, k_ = (
+        d[DEVICE_PAYLOAD],
+        d[DEVICE_WORK],
+        d[DEVICE_GAIN],
+        d[DEVICE_POWER_MAX],
+        d[DEVICE_F_MIN],
+        d[DEVICE_F_MAX],
+        d[DEVICE_KAPPA],
+    )
+    b_, w_, f_, t_ = q[POINT_BAND], q[POINT_POWER], q[POINT_FREQUENCY], q[POINT_UPLOAD]
+    band, noise = cell[CELL_BAND], cell[CELL_NOISE]
     for k in range(one.size):
         one[k], two[k], three[k], four[k], five[k], six[k] = _energy_terms(
             s_[k], c_[k], h_[k], p_[k], l_[k], u_[k], k_[k], b_[k], w_[k], f_[k], t_[k],
@@ -216,9 +242,15 @@ def _energy_of(
 def _shortest_of(d: Any, q: Any, cell: Any, s: Any) -> Any:
     """Bound on the shortest time of one instance."""
     one, two, three = s[0], s[1], s[2]
-    s_, c_, h_, p_, u_ = d[0], d[1], d[2], d[3], d[5]
-    b_, t_ = q[0], q[3]
-    band, noise = cell[0], cell[1]
+    s_, c_, h_, p_, u_ = (
+        d[DEVICE_PAYLOAD],
+        d[DEVICE_WORK],
+        d[DEVICE_GAIN],
+        d[DEVICE_POWER_MAX],
+        d[DEVICE_F_MAX],
+    )
+    b_, t_ = q[POINT_BAND], q[POINT_UPLOAD]
+    band, noise = cell[CELL_BAND], cell[CELL_NOISE]
     for k in range(one.size):
         one[k], two[k], three[k] = _shortest_terms(
             s_[k], c_[k], h_[k], p_[k], u_[k], b_[k], t_[k], band, noise
@@ -268,15 +300,15 @@ def judge(device: Any, cell: Any, point: Any, time: Any, lam: Any, target: Any, 
     for i in range(instances):
         d, q, c = device[i], point[i], cell[i]
         worst[i] = violation_of(d, q, c, time[i], False, room)
-        total[i] = q[5].sum()
+        total[i] = q[POINT_ENERGY].sum()
         if kind == 0:
-            value = time[i] + c[2]
-            gap[i] = _gap_of(value, _shortest_of(d, q, c, room) + c[2])
+            value = time[i] + c[CELL_DELAY]
+            gap[i] = _gap_of(value, _shortest_of(d, q, c, room) + c[CELL_DELAY])
         else:
             price = target[i] if kind == 2 else 0.0
             bound, _, energy = _energy_of(d, q, c, lam[i], idle, time[i], price, room)
-            value = energy + price * (time[i] + c[2])
-            gap[i] = _gap_of(value, bound + price * c[2])
+            value = energy + price * (time[i] + c[CELL_DELAY])
+            gap[i] = _gap_of(value, bound + price * c[CELL_DELAY])
     perfect = True
     for i in range(instances):
         perfect = perfect and abs(gap[i]) <= GAP_TOLERANCE and worst[i] <= VIOLATION_TOLERANCE
@@ -290,26 +322,35 @@ if not COMPILED:
     def _energies(
         device: Any, cell: Any, point: Any, lam: Any, idle_mu: Any, time: Any, price: Any
     ) -> Any:
-        band, noise = cell[:, 0, None], cell[:, 1, None]
+        band, noise = cell[:, CELL_BAND, None], cell[:, CELL_NOISE, None]
         idle = idle_mu if idle_mu.shape[0] else 0.0
+        order = (
+            DEVICE_PAYLOAD,
+            DEVICE_WORK,
+            DEVICE_GAIN,
+            DEVICE_POWER_MAX,
+            DEVICE_F_MIN,
+            DEVICE_F_MAX,
+            DEVICE_KAPPA,
+        )
         part, mu, energy, least, first, size = _energy_terms(
-            *[*split(device, range(7)), *split(point, range(4)), band, noise, lam[:, None], idle]
+            *[*split(device, order), *split(point, PRIMAL), band, noise, lam[:, None], idle]
         )
         mu, energy = mu.sum(1), energy.sum(1)
         bound = _energy_bound_of(
             *[part.sum(1), mu, energy, least.sum(1), first.max(1), size.sum(1)],
-            *[lam, cell[:, 0], time, price],
+            *[lam, cell[:, CELL_BAND], time, price],
         )
         return bound, mu, energy
 
     @np.errstate(all="ignore")
     def _shortests(device: Any, cell: Any, point: Any) -> Any:
-        order = (0, 1, 2, 3, 5)
-        band, noise = cell[:, 0, None], cell[:, 1, None]
+        order = (DEVICE_PAYLOAD, DEVICE_WORK, DEVICE_GAIN, DEVICE_POWER_MAX, DEVICE_F_MAX)
+        band, noise = cell[:, CELL_BAND, None], cell[:, CELL_NOISE, None]
         ratio, part, alone = _shortest_terms(
-            *[*split(device, order), *split(point, (0, 3)), band, noise]
+            *[*split(device, order), *split(point, (POINT_BAND, POINT_UPLOAD)), band, noise]
         )
-        return _shortest_bound_of(ratio.sum(1), part.sum(1), alone.max(1), cell[:, 0])
+        return _shortest_bound_of(ratio.sum(1), part.sum(1), alone.max(1), cell[:, CELL_BAND])
 
 
 def energy_and_bound(
@@ -356,7 +397,7 @@ def _dual(
     batch: Batch, point: Primal, lam: FloatArray, price: FloatArray
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Bound, price of time and variable energy at the price ``lam``; ``price`` 0: of least energy."""
-    time = point.round_s - batch.cell[:, 2]
+    time = point.round_s - batch.cell[:, CELL_DELAY]
 
     def sums(idle_mu: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
         result: tuple[FloatArray, FloatArray, FloatArray] = _energies(
@@ -371,7 +412,7 @@ def _dual(
         bound, mu, energy = sums(
             computing_prices(batch, point.frequency_hz, time[:, None], idle, left)
         )
-    return bound + price * batch.cell[:, 2], mu, energy
+    return bound + price * batch.cell[:, CELL_DELAY], mu, energy
 
 
 _NONE = np.empty((0, 0))
@@ -385,4 +426,4 @@ def shortest_bound(batch: Batch, point: Primal) -> FloatArray:
     common eta is whatever makes ``sum mu = 1``.
     """
     bound: FloatArray = _shortests(batch.device, batch.cell, point.decision)
-    return bound + batch.cell[:, 2]
+    return bound + batch.cell[:, CELL_DELAY]

@@ -95,6 +95,15 @@ from pwff_solvers.allocation.registers import (
     take_out,
     total,
 )  # fmt: skip
+from pwff_solvers.allocation.slots import (
+    CELL_DELAY,
+    DEVICE_F_MAX,
+    DEVICE_F_MIN,
+    DEVICE_KAPPA,
+    DEVICE_PAYLOAD,
+    DEVICE_WORK,
+    SCALAR_CONVERGED,
+)
 from pwff_solvers.compiled.elementary import entry, exp_pair, kernel, log, rough_exp, rough_log
 
 __all__ = ["least_energy", "weighted", "weighted_carefully"]
@@ -676,9 +685,11 @@ def _suits(device, i, time, free_time):
     """
     live = False
     for k in range(device.shape[2]):
-        if device[i, 0, k] > 0.0:
+        if device[i, DEVICE_PAYLOAD, k] > 0.0:
             live = True
-        elif device[i, 1, k] > 0.0 and (free_time or device[i, 1, k] > time * device[i, 5, k]):
+        elif device[i, DEVICE_WORK, k] > 0.0 and (
+            free_time or device[i, DEVICE_WORK, k] > time * device[i, DEVICE_F_MAX, k]
+        ):
             return False
     return live and time > 0.0
 
@@ -697,9 +708,9 @@ def _solve(device, cell, target, points, scalars, free_time):
         for lane in range(width):
             i = min(start + lane, instances - 1)
             load(block, cells, device, cell, i, lane, not lanes)
-            wanted = target[i] if free_time else target[i] - cell[i, 2]
+            wanted = target[i] if free_time else target[i] - cell[i, CELL_DELAY]
             good = _suits(device, i, wanted, free_time)
-            scalars[i, 0] = 1.0 if good else 0.0
+            scalars[i, SCALAR_CONVERGED] = 1.0 if good else 0.0
             any_suits = any_suits or good
             cells[(WANTED if free_time else TIME) * LANES + lane] = wanted if wanted > 0.0 else 1.0
         if not any_suits:
@@ -715,17 +726,17 @@ def _solve(device, cell, target, points, scalars, free_time):
         else:
             sweeps += _iterate_fixed(block, cells, rows, not lanes) * width
         if not lanes and not all_close(cells):
-            scalars[start, 0] = 0.0
+            scalars[start, SCALAR_CONVERGED] = 0.0
             continue
         finish(block, cells, rows, not lanes)
         for lane in range(min(width, instances - start)):
             i = start + lane
             time = cells[TIME * LANES + lane]
             close = cells[WORST * LANES + lane] <= CLOSE and time > cells[FLOOR * LANES + lane]
-            if scalars[i, 0] > 0.0 and close:
+            if scalars[i, SCALAR_CONVERGED] > 0.0 and close:
                 take_out(block, cells, device, i, lane, not lanes, points, scalars)
             else:
-                scalars[i, 0] = 0.0
+                scalars[i, SCALAR_CONVERGED] = 0.0
     return sweeps
 
 
@@ -749,10 +760,14 @@ def _idle_price(device, i, time):
     """Price of time of devices that only compute, and its derivative in log T."""
     price = 0.0
     for k in range(device.shape[2]):
-        work = device[i, 1, k]
-        if device[i, 0, k] <= 0.0 and work > 0.0 and work / time > device[i, 4, k]:
+        work = device[i, DEVICE_WORK, k]
+        if (
+            device[i, DEVICE_PAYLOAD, k] <= 0.0
+            and work > 0.0
+            and work / time > device[i, DEVICE_F_MIN, k]
+        ):
             f = work / time
-            price += 2.0 * device[i, 6, k] * f * f * f
+            price += 2.0 * device[i, DEVICE_KAPPA, k] * f * f * f
     return price, -3.0 * price
 
 
@@ -846,7 +861,7 @@ def weighted_carefully(device, cell, target, shortest_s, points, scalars):
     cells = np.zeros(CELL * LANES)
     block = np.zeros(rows * ROW)
     for i in range(instances):
-        scalars[i, 0] = 0.0
+        scalars[i, SCALAR_CONVERGED] = 0.0
         if first_live(device, i) < 0:
             continue
         load(block, cells, device, cell, i, 0, True)

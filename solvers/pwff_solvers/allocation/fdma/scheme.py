@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pwff_solvers.allocation import certificate, registers
+from pwff_solvers.allocation import certificate
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.fdma import bracketed as brackets
 from pwff_solvers.allocation.fdma import certificate as bounds
@@ -14,6 +14,17 @@ from pwff_solvers.allocation.fdma import shortest as fastest
 from pwff_solvers.allocation.objectives import LeastEnergy, Shortest, Weighted
 from pwff_solvers.allocation.point import Point
 from pwff_solvers.allocation.scheme import Found, Scheme
+from pwff_solvers.allocation.slots import (
+    CELL_DELAY,
+    DEVICE_POWER_MIN,
+    POINTS,
+    SCALAR_CONVERGED,
+    SCALAR_LAM,
+    SCALAR_MU,
+    SCALAR_SLOPE,
+    SCALAR_TIME,
+    SCALARS,
+)
 from pwff_solvers.errors import InvalidInputError
 
 __all__ = ["Fdma"]
@@ -28,7 +39,7 @@ class Fdma(Scheme):
 
     def require(self, batch: Batch) -> None:
         """Refuse least powers: they are not a convex limit here."""
-        if not batch.device[:, 7].any():
+        if not batch.device[:, DEVICE_POWER_MIN].any():
             return
         i, k = (int(v) for v in np.argwhere(batch.power_min_w > 0)[0])
         raise InvalidInputError(
@@ -42,7 +53,7 @@ class Fdma(Scheme):
         """Return solutions by Newton; what has not converged comes with an infinite gap."""
         device, cell = batch.device, batch.cell
         instances = device.shape[0]
-        scalars = np.zeros((instances, registers.SCALARS))
+        scalars = np.zeros((instances, SCALARS))
         kind = _KINDS[objective]
         if objective is LeastEnergy:
             kernels.least_energy(device, cell, target, decision, scalars)
@@ -50,13 +61,13 @@ class Fdma(Scheme):
             kernels.weighted(device, cell, target, decision, scalars)
         else:
             fastest.shortest(device, cell, decision, scalars)
-        rest = np.flatnonzero(scalars[:, 0] == 0)
+        rest = np.flatnonzero(scalars[:, SCALAR_CONVERGED] == 0)
         if rest.size:
             if objective is Weighted:
                 _hard_prices(batch.take(rest), target[rest], rest, decision, scalars)
             elif objective is Shortest:
                 _idle_last(batch.take(rest), rest, decision, scalars)
-        time, lam, mu = scalars[:, 1], scalars[:, 2], scalars[:, 3]
+        time, lam, mu = scalars[:, SCALAR_TIME], scalars[:, SCALAR_LAM], scalars[:, SCALAR_MU]
         gap, violation, energy, perfect = bounds.judge(
             device, cell, decision, time, lam, target, kind
         )
@@ -74,7 +85,7 @@ class Fdma(Scheme):
             perfect=perfect and not rest.size,
         )
         if not found.perfect:
-            converged = scalars[:, 0] > 0
+            converged = scalars[:, SCALAR_CONVERGED] > 0
             # prices of devices that only compute: what the quick judge does not know
             rest = np.flatnonzero(~found.good() & converged)
             gap[~converged] = violation[~converged] = np.inf
@@ -122,10 +133,12 @@ def _idle_last(
 ) -> None:
     """Overwrite ``rows``: a device without payload ends last, the others have time to spare."""
     fast = np.where(batch.payload_bit > 0, 0.0, batch.work_cycles / batch.frequency_max_hz)
-    points = np.empty((rows.size, 6, batch.devices))
-    found = np.zeros((rows.size, registers.SCALARS))
-    kernels.least_energy(batch.device, batch.cell, fast.max(1) + batch.cell[:, 2], points, found)
-    found[:, 1] = fast.max(1)
+    points = np.empty((rows.size, POINTS, batch.devices))
+    found = np.zeros((rows.size, SCALARS))
+    kernels.least_energy(
+        batch.device, batch.cell, fast.max(1) + batch.cell[:, CELL_DELAY], points, found
+    )
+    found[:, SCALAR_TIME] = fast.max(1)
     decision[rows], scalars[rows] = points, found
 
 
@@ -141,20 +154,22 @@ def _hard_prices(
     Any price of bandwidth above the least one supports that round too, and at a fixed point
     ``dmu_k/dlog lam = mu_k + P_k``: so the wanted price of time is met exactly.
     """
-    points = np.empty((rows.size, 6, batch.devices))
-    edge = np.zeros((rows.size, registers.SCALARS))
+    points = np.empty((rows.size, POINTS, batch.devices))
+    edge = np.zeros((rows.size, SCALARS))
     fastest.shortest(batch.device, batch.cell, points, edge)
-    stop = (edge[:, 0] > 0) & (edge[:, 3] <= price)
-    edge[:, 2] *= 1.0 + (price - edge[:, 3]) / edge[:, 4]
-    edge[:, 3] = price
-    go = np.flatnonzero((edge[:, 0] > 0) & ~stop)
+    stop = (edge[:, SCALAR_CONVERGED] > 0) & (edge[:, SCALAR_MU] <= price)
+    edge[:, SCALAR_LAM] *= 1.0 + (price - edge[:, SCALAR_MU]) / edge[:, SCALAR_SLOPE]
+    edge[:, SCALAR_MU] = price
+    go = np.flatnonzero((edge[:, SCALAR_CONVERGED] > 0) & ~stop)
     if go.size:
         part = batch.take(go)
-        inner = np.empty((go.size, 6, batch.devices))
-        scalar = np.zeros((go.size, registers.SCALARS))
-        kernels.weighted_carefully(part.device, part.cell, price[go], edge[go, 1], inner, scalar)
+        inner = np.empty((go.size, POINTS, batch.devices))
+        scalar = np.zeros((go.size, SCALARS))
+        kernels.weighted_carefully(
+            part.device, part.cell, price[go], edge[go, SCALAR_TIME], inner, scalar
+        )
         points[go], edge[go] = inner, scalar
     decision[rows] = points
     scalars[rows] = edge
-    scalars[rows, 0] = stop
-    scalars[rows[go], 0] = edge[go, 0]
+    scalars[rows, SCALAR_CONVERGED] = stop
+    scalars[rows[go], SCALAR_CONVERGED] = edge[go, SCALAR_CONVERGED]

@@ -58,6 +58,12 @@ from pwff_solvers.allocation.registers import (
     take_out,
     total,
 )  # fmt: skip
+from pwff_solvers.allocation.slots import (
+    DEVICE_F_MAX,
+    DEVICE_PAYLOAD,
+    DEVICE_WORK,
+    SCALAR_CONVERGED,
+)
 from pwff_solvers.compiled.elementary import entry, exp_pair, kernel, log
 
 __all__ = ["shortest"]
@@ -209,8 +215,8 @@ def _idle_end(device, i):
     """When the devices without payload have computed, at the earliest."""
     end = 0.0
     for k in range(device.shape[2]):
-        if device[i, 0, k] <= 0.0:
-            end = max(end, device[i, 1, k] / device[i, 5, k])
+        if device[i, DEVICE_PAYLOAD, k] <= 0.0:
+            end = max(end, device[i, DEVICE_WORK, k] / device[i, DEVICE_F_MAX, k])
     return end
 
 
@@ -234,7 +240,7 @@ def shortest(device, cell, points, scalars):
             i = min(start + lane, instances - 1)
             load(block, cells, device, cell, i, lane, not lanes)
             live = first_live(device, i) >= 0
-            scalars[i, 0] = 1.0 if live else 0.0
+            scalars[i, SCALAR_CONVERGED] = 1.0 if live else 0.0
             any_live = any_live or live
         if not any_live:
             continue
@@ -254,8 +260,8 @@ def shortest(device, cell, points, scalars):
             i = start + lane
             close = good and cells[WORST * LANES + lane] <= CLOSE
             late = _idle_end(device, i) > cells[TIME * LANES + lane]
-            if scalars[i, 0] > 0.0 and close and not late:
+            if scalars[i, SCALAR_CONVERGED] > 0.0 and close and not late:
                 take_out(block, cells, device, i, lane, not lanes, points, scalars)
             else:
-                scalars[i, 0] = 0.0
+                scalars[i, SCALAR_CONVERGED] = 0.0
     return sweeps

@@ -35,6 +35,31 @@ from pwff_solvers.allocation.registers import (
     spread,
     total,
 )
+from pwff_solvers.allocation.slots import (
+    CELL_BAND,
+    CELL_DELAY,
+    CELL_NOISE,
+    DEVICE_F_MAX,
+    DEVICE_F_MIN,
+    DEVICE_FIXED_ENERGY,
+    DEVICE_GAIN,
+    DEVICE_KAPPA,
+    DEVICE_PAYLOAD,
+    DEVICE_POWER_MAX,
+    DEVICE_POWER_MIN,
+    DEVICE_WORK,
+    POINT_BAND,
+    POINT_COMPUTE,
+    POINT_ENERGY,
+    POINT_FREQUENCY,
+    POINT_POWER,
+    POINT_UPLOAD,
+    SCALAR_CONVERGED,
+    SCALAR_LAM,
+    SCALAR_MU,
+    SCALAR_SLOPE,
+    SCALAR_TIME,
+)
 from pwff_solvers.compiled.elementary import cbrt, entry, exp_pair, kernel, log, log1p
 
 __all__ = ["least_energy_tdma", "shortest_tdma", "weighted_tdma"]
@@ -91,23 +116,25 @@ def _load(block, cells, device, cell, i, lane, joined):
     """Copy an instance into a lane, or into the whole block if ``joined``."""
     devices = device.shape[2]
     stand_in = max(first_live(device, i), 0)
-    band = cell[i, 0]
-    per_watt = 1.0 / (cell[i, 1] * band)
+    band = cell[i, CELL_BAND]
+    per_watt = 1.0 / (cell[i, CELL_NOISE] * band)
     nats_per_band = _LN2 / band
     slots = (devices + LANES - 1) // LANES * LANES if joined else devices
     for slot in range(slots):
-        k = slot if slot < devices and device[i, 0, slot] > 0.0 else stand_in
+        k = slot if slot < devices and device[i, DEVICE_PAYLOAD, slot] > 0.0 else stand_in
         at = slot // LANES * ROW + slot % LANES if joined else slot * ROW + lane
-        block[at + SECONDS * LANES] = device[i, 0, k] * nats_per_band if k == slot else 0.0
-        block[at + GAIN * LANES] = device[i, 2, k] * per_watt
-        block[at + Z_MIN * LANES] = device[i, 7, k]
-        block[at + Z_MAX * LANES] = device[i, 3, k]
+        block[at + SECONDS * LANES] = (
+            device[i, DEVICE_PAYLOAD, k] * nats_per_band if k == slot else 0.0
+        )
+        block[at + GAIN * LANES] = device[i, DEVICE_GAIN, k] * per_watt
+        block[at + Z_MIN * LANES] = device[i, DEVICE_POWER_MIN, k]
+        block[at + Z_MAX * LANES] = device[i, DEVICE_POWER_MAX, k]
     earliest = 0.0
     slowest = 0.0
     for k in range(devices):
-        work = device[i, 1, k]
-        earliest = max(earliest, work / device[i, 5, k])
-        slowest = max(slowest, work / device[i, 4, k] if work > 0.0 else 0.0)
+        work = device[i, DEVICE_WORK, k]
+        earliest = max(earliest, work / device[i, DEVICE_F_MAX, k])
+        slowest = max(slowest, work / device[i, DEVICE_F_MIN, k] if work > 0.0 else 0.0)
     cells[BAND * LANES + lane] = band
     cells[EARLIEST * LANES + lane] = earliest
     cells[SLOWEST * LANES + lane] = max(slowest, earliest)
@@ -124,9 +151,9 @@ def _load_floors(supply, device, i, earliest):
     base = 0.0
     top = 0.0
     for k in range(device.shape[2]):
-        work = device[i, 1, k]
-        weight = 2.0 * device[i, 6, k] * work * work * work
-        least = device[i, 4, k]
+        work = device[i, DEVICE_WORK, k]
+        weight = 2.0 * device[i, DEVICE_KAPPA, k] * work * work * work
+        least = device[i, DEVICE_F_MIN, k]
         if work > 0.0 and work / earliest > least:
             top += weight
             if least > 0.0:
@@ -440,27 +467,27 @@ def _take_out(block, cells, device, i, lane, joined, points, scalars, kind):
             deadline = slowest
             mu = 0.0
     for k in range(device.shape[2]):
-        work = device[i, 1, k]
+        work = device[i, DEVICE_WORK, k]
         f = work / deadline if work > 0.0 else 0.0
-        f = max(min(f, device[i, 5, k]), device[i, 4, k])
-        energy = device[i, 6, k] * work * f * f + device[i, 8, k]
+        f = max(min(f, device[i, DEVICE_F_MAX, k]), device[i, DEVICE_F_MIN, k])
+        energy = device[i, DEVICE_KAPPA, k] * work * f * f + device[i, DEVICE_FIXED_ENERGY, k]
         b = p = t = 0.0
-        if device[i, 0, k] > 0.0:
+        if device[i, DEVICE_PAYLOAD, k] > 0.0:
             at = k // LANES * ROW + k % LANES if joined else k * ROW + lane
             b = cells[BAND * LANES + lane]
             t = block[at + T * LANES]
             p = block[at + POWER * LANES]
-        points[i, 0, k] = b
-        points[i, 1, k] = p
-        points[i, 2, k] = f
-        points[i, 3, k] = t
-        points[i, 4, k] = work / f if work > 0.0 else 0.0
-        points[i, 5, k] = energy + p * t
-    scalars[i, 0] = 1.0
-    scalars[i, 1] = time
-    scalars[i, 2] = cells[LAM * LANES + lane] / cells[BAND * LANES + lane]
-    scalars[i, 3] = mu
-    scalars[i, 4] = 0.0
+        points[i, POINT_BAND, k] = b
+        points[i, POINT_POWER, k] = p
+        points[i, POINT_FREQUENCY, k] = f
+        points[i, POINT_UPLOAD, k] = t
+        points[i, POINT_COMPUTE, k] = work / f if work > 0.0 else 0.0
+        points[i, POINT_ENERGY, k] = energy + p * t
+    scalars[i, SCALAR_CONVERGED] = 1.0
+    scalars[i, SCALAR_TIME] = time
+    scalars[i, SCALAR_LAM] = cells[LAM * LANES + lane] / cells[BAND * LANES + lane]
+    scalars[i, SCALAR_MU] = mu
+    scalars[i, SCALAR_SLOPE] = 0.0
 
 
 @entry
@@ -484,7 +511,7 @@ def _solve(device, cell, target, points, scalars, kind):
             counts[lane], top = _load_floors(supply[lane], device, i, earliest)
             cells[TOP * LANES + lane] = top
             cells[ABOVE * LANES + lane] = supply[lane, 2, counts[lane]]
-            time = target[i] - cell[i, 2] if kind == _LEAST else 1.0
+            time = target[i] - cell[i, CELL_DELAY] if kind == _LEAST else 1.0
             cells[TIME * LANES + lane] = time if time > 0.0 else 1e-300
             cells[MU * LANES + lane] = target[i] if kind == _WEIGHTED else 1.0
         if joined:
@@ -518,14 +545,16 @@ def _solve(device, cell, target, points, scalars, kind):
             if good and (kind != _LEAST or least <= time * (1.0 + _EDGE)):
                 _take_out(block, cells, device, i, lane, joined, points, scalars, kind)
             else:
-                scalars[i, 0] = 0.0
+                scalars[i, SCALAR_CONVERGED] = 0.0
     return sweeps
 
 
 @entry
 def shortest_tdma(device, cell, points, scalars):
     """Fill ``points`` [instance, 6, device] and ``scalars`` with the shortest rounds."""
-    return _solve(device, cell, np.ascontiguousarray(cell[:, 2]), points, scalars, _SHORTEST)
+    return _solve(
+        device, cell, np.ascontiguousarray(cell[:, CELL_DELAY]), points, scalars, _SHORTEST
+    )
 
 
 @entry

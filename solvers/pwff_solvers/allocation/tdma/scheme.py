@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from pwff_solvers.allocation import certificate, registers
+from pwff_solvers.allocation import certificate
 from pwff_solvers.allocation.batch import Batch, FloatArray
 from pwff_solvers.allocation.objectives import LeastEnergy, Weighted
 from pwff_solvers.allocation.point import Point
 from pwff_solvers.allocation.scheme import Found, Scheme
+from pwff_solvers.allocation.slots import (
+    POINT_ENERGY,
+    SCALAR_CONVERGED,
+    SCALAR_LAM,
+    SCALAR_MU,
+    SCALAR_TIME,
+    SCALARS,
+)
 from pwff_solvers.allocation.tdma import bracketed as brackets
 from pwff_solvers.allocation.tdma import certificate as bounds
 from pwff_solvers.allocation.tdma import newton as kernels
@@ -29,21 +37,21 @@ class Tdma(Scheme):
         instances = device.shape[0]
         # the kernels leave alone what they do not solve
         decision[...] = np.nan
-        scalars = np.zeros((instances, registers.SCALARS))
+        scalars = np.zeros((instances, SCALARS))
         if objective is LeastEnergy:
             kernels.least_energy_tdma(device, cell, target, decision, scalars)
         elif objective is Weighted:
             kernels.weighted_tdma(device, cell, target, decision, scalars)
         else:
             kernels.shortest_tdma(device, cell, decision, scalars)
-        missed = scalars[:, 0] == 0
-        time, lam, mu = scalars[:, 1], scalars[:, 2], scalars[:, 3]
+        missed = scalars[:, SCALAR_CONVERGED] == 0
+        time, lam, mu = scalars[:, SCALAR_TIME], scalars[:, SCALAR_LAM], scalars[:, SCALAR_MU]
         gap, violation = self.certified(batch, objective, target, decision, time, lam, mu)
         gap[missed] = violation[missed] = np.inf
         missing = np.full(instances, np.nan)
         return Found(
             decision=decision,
-            energy=decision[:, 5].sum(axis=1),
+            energy=decision[:, POINT_ENERGY].sum(axis=1),
             time=time,
             lam=lam,
             mu=mu,
