@@ -1,7 +1,6 @@
 """A scenario: the cell, its devices, the model and data they fine-tune, and what may be decided."""
 
 from pwff_opt.scenario.tables import (
-    AVERAGING,
     LARGEST_INTEGER,
     SOURCES,
     Aggregation,
@@ -11,7 +10,6 @@ from pwff_opt.scenario.tables import (
     Data,
     Decisions,
     Device,
-    LoraRule,
     Model,
     Natural,
     NonNegative,
@@ -32,7 +30,6 @@ from pwff_opt.scenario.tables import (
 )
 
 __all__ = [
-    "AVERAGING",
     "LARGEST_INTEGER",
     "SOURCES",
     "Aggregation",
@@ -42,7 +39,6 @@ __all__ = [
     "Data",
     "Decisions",
     "Device",
-    "LoraRule",
     "Model",
     "Natural",
     "NonNegative",
