@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from pwff_opt.costs.architecture import Architecture
 from pwff_opt.errors import DecisionError, ModelError
-from pwff_opt.scenario import LoraRule, Scenario, UploadDtype
+from pwff_opt.registry import RULES
+from pwff_opt.scenario import Scenario, UploadDtype
 from pwff_opt.scenario.schedule import LayerState
 
-Factors = Literal["", "A", "B", "AB"]
-"""Factors of a LoRA, A: [rank, in], B: [out, rank]."""
+FactorNames = Literal["", "A", "B", "AB"]
+"""Names of factors of a LoRA, A: [rank, in], B: [out, rank]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class Blocks:
     lora_rule
         ``aggregation.lora``: what happens to the LoRA that decisions size.
     round
-        Number of the round, from 0. Only its parity matters, and only for "rolora".
+        Number of the round, from 0. It matters only to a rule whose ``period`` is above 1, "rolora" say.
     adapter_shared, head_shared
         Whether adapters of aggregated layers, and the classification head, are uploaded and averaged.
     upload_dtype
@@ -42,7 +43,7 @@ class Blocks:
 
     adapter_width: int
     common_rank: int = 0
-    lora_rule: LoraRule = "personal"
+    lora_rule: str = "personal"
     round: int = 0
     adapter_shared: bool = True
     head_shared: bool = False
@@ -53,13 +54,11 @@ class Blocks:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ModelError(f"{name} must be an integer of at least 0, got {value!r}")
-        choices: dict[str, Any] = {"lora_rule": LoraRule, "upload_dtype": UploadDtype}
-        for name, kind in choices.items():
+        choices = {"lora_rule": tuple(RULES), "upload_dtype": get_args(UploadDtype)}
+        for name, known in choices.items():
             value = getattr(self, name)
-            if value not in get_args(kind):
-                raise ModelError(
-                    f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}"
-                )
+            if value not in known:
+                raise ModelError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
     @classmethod
     def of(cls, scenario: Scenario, *, round: int) -> Blocks:
@@ -69,32 +68,38 @@ class Blocks:
             adapter_width=peft.adapter_width,
             common_rank=peft.common_lora_rank,
             lora_rule=aggregation.lora,
-            round=round % 2 if aggregation.lora == "rolora" else 0,
+            round=round % RULES[aggregation.lora].period,
             adapter_shared=aggregation.adapter == "average",
             head_shared=peft.head == "shared",
             upload_dtype=peft.upload_dtype,
         )
 
-    def lora_trained(self, state: LayerState) -> Factors:
+    def lora_trained(self, state: LayerState) -> FactorNames:
         """Return the factors that learn in a layer, of the LoRA that decisions size.
 
         A rule holds a factor fixed where it aggregates; in a personal layer both learn, except for
-        "ffa": once learned, A would differ between devices and never be common again.
+        rules like "ffa": once learned, A would differ between devices and never be common again.
         """
         if state == LayerState.FROZEN:
             return ""
-        if self.lora_rule == "ffa":
-            return "B"
-        if state == LayerState.AGGREGATED and self.lora_rule == "rolora":
-            return "A" if self.round % 2 else "B"
-        return "AB"
+        aggregated = state == LayerState.AGGREGATED
+        return _letters(RULES[self.lora_rule].trains(self.round, aggregated=aggregated))
 
     @property
-    def lora_uploaded(self) -> Factors:
+    def lora_uploaded(self) -> FactorNames:
         """Factors that are sent in every aggregated layer, of the LoRA that decisions size."""
-        if self.lora_rule == "personal":
-            return ""
-        return "A" if self.lora_rule == "fedsa" else self.lora_trained(LayerState.AGGREGATED)
+        return _letters(RULES[self.lora_rule].sends(self.round))
+
+
+def _letters(factors: tuple[bool, bool]) -> FactorNames:
+    """Return the names of the factors, A and B, that are marked."""
+    names: dict[tuple[bool, bool], FactorNames] = {
+        (False, False): "",
+        (True, False): "A",
+        (False, True): "B",
+        (True, True): "AB",
+    }
+    return names[factors]
 
 
 def adapter_parameters(architecture: Architecture, blocks: Blocks) -> int:
@@ -103,7 +108,7 @@ def adapter_parameters(architecture: Architecture, blocks: Blocks) -> int:
     return 2 * h * w + w + h if w else 0
 
 
-def lora_parameters(architecture: Architecture, rank: int, factors: Factors = "AB") -> int:
+def lora_parameters(architecture: Architecture, rank: int, factors: FactorNames = "AB") -> int:
     r"""Return the parameters of the LoRA of one layer, A: :math:`2rh`, B: :math:`r(a + k)`.
 
     Query and value projections only, A: [r, h], B: [a or k, r]; ``rank`` 0 means no LoRA.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pwff_opt.costs.architecture import Architecture
-from pwff_opt.costs.blocks import Blocks, Factors, check_states, lowest_trained
+from pwff_opt.costs.blocks import Blocks, FactorNames, check_states, lowest_trained
 from pwff_opt.errors import DecisionError
 from pwff_opt.scenario.schedule import LayerState
 
@@ -284,11 +284,11 @@ class _Work:
         self.trains: Any = rank + common + blocks.adapter_width > 0
         self._above_lora: Any = half_adapter + mlp + output
 
-    def fixed_factors(self, trained: Factors) -> Any:
+    def fixed_factors(self, trained: FactorNames) -> Any:
         """Return the weight gradients of a layer's LoRA that are saved where not both learn."""
         return ("A" not in trained) * self.lora_a + ("B" not in trained) * self.lora_b
 
-    def lowest_layer(self, trained: Factors) -> Any:
+    def lowest_layer(self, trained: FactorNames) -> Any:
         """Return the input gradients of a lowest trained layer from its adapter down to its LoRAs."""
         # The gradient goes through a factor B only to reach an A that learns.
         factors_b = ("A" in trained) * self.lora_b + self.common_b

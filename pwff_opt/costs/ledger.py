@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pwff_opt.costs.architecture import Architecture
-from pwff_opt.costs.blocks import Factors
+from pwff_opt.costs.blocks import FactorNames
 
 BYTE = 4
 """Bytes of a float32."""
@@ -52,10 +52,10 @@ class Lora:
     a: int
     query_b: int
     value_b: int
-    factors: Factors
+    factors: FactorNames
 
     @classmethod
-    def of(cls, architecture: Architecture, *, rank: int, token: int, factors: Factors) -> Lora:
+    def of(cls, architecture: Architecture, *, rank: int, token: int, factors: FactorNames) -> Lora:
         """Return the sizes at a rank, ``token`` being the bytes of a number for every token."""
         return cls(
             product=token * rank,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pwff_opt.costs.architecture import Architecture
 from pwff_opt.costs.blocks import (
     Blocks,
-    Factors,
+    FactorNames,
     adapter_parameters,
     check_states,
     head_parameters,
@@ -308,7 +308,7 @@ def _loras(
     architecture: Architecture, blocks: Blocks, rank: int, state: LayerState, token: int
 ) -> tuple[Lora, ...]:
     """Return the LoRAs of a layer: the one that decisions size, then the common one."""
-    common: Factors = "" if state == LayerState.FROZEN else "AB"
+    common: FactorNames = "" if state == LayerState.FROZEN else "AB"
     both = ((rank, blocks.lora_trained(state)), (blocks.common_rank, common))
     return tuple(
         Lora.of(architecture, rank=r, token=token, factors=factors) for r, factors in both if r

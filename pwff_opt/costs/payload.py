@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from pwff_opt.costs.architecture import Architecture
 from pwff_opt.costs.blocks import (
     Blocks,
-    Factors,
+    FactorNames,
     adapter_parameters,
     check_states,
     head_parameters,
     lora_parameters,
 )
 from pwff_opt.errors import DecisionError
+from pwff_opt.registry import RULES
 from pwff_opt.scenario import UploadDtype
 from pwff_opt.scenario.schedule import LayerState
 
@@ -75,7 +76,8 @@ def broadcast_payload_bit(
     r"""Return the size of the one transmission that brings every participant the new shared blocks.
 
     Shared adapters, common LoRA and head: as in :func:`uplink_payload_bit`. The LoRA that decisions
-    size, for each projection of :math:`n` inputs and :math:`m` outputs in an aggregated layer:
+    size, as its rule says, for each projection of :math:`n` inputs and :math:`m` outputs in an aggregated
+    layer:
 
     ==================================  ============================================================
     personal                            0
@@ -112,13 +114,11 @@ def broadcast_payload_bit(
     _check_ranks(ranks)
     layer = blocks.adapter_shared * adapter_parameters(architecture, blocks)
     layer += lora_parameters(architecture, blocks.common_rank)
-    if blocks.lora_rule in ("flora", "fedex"):
-        n = architecture.hidden
-        for m in (architecture.query_width, architecture.key_value_width):
-            mean = max(ranks) * (m + n) if blocks.lora_rule == "fedex" else 0
-            layer += min(sum(ranks) * (m + n), mean + m * n)
-    else:
-        layer += lora_parameters(architecture, max(ranks), blocks.lora_uploaded)
+    rule = RULES[blocks.lora_rule]
+    for outputs in (architecture.query_width, architecture.key_value_width):
+        layer += rule.broadcast_parameters(
+            ranks, inputs=architecture.hidden, outputs=outputs, round=blocks.round
+        )
     shared = _aggregated(states) * layer + blocks.head_shared * head_parameters(architecture)
     return _BROADCAST_BITS[blocks.upload_dtype] * shared
 
@@ -132,7 +132,10 @@ def _layer_tensors(architecture: Architecture, blocks: Blocks, rank: int) -> Ite
     h, w = architecture.hidden, blocks.adapter_width
     if blocks.adapter_shared and w:
         yield from (w * h, w, h * w, h)
-    loras: list[tuple[int, Factors]] = [(rank, blocks.lora_uploaded), (blocks.common_rank, "AB")]
+    loras: list[tuple[int, FactorNames]] = [
+        (rank, blocks.lora_uploaded),
+        (blocks.common_rank, "AB"),
+    ]
     for r, factors in loras:
         for out in (architecture.query_width, architecture.key_value_width):
             if r and "A" in factors:

@@ -6,7 +6,8 @@ import numpy as np
 
 from pwff_opt.errors import DecisionError, InfeasibleError
 from pwff_opt.planning.demand import CostModel, Demand
-from pwff_opt.scenario import AVERAGING, Scenario
+from pwff_opt.registry import RULES
+from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import RoundDecision, Schedule
 
 
@@ -54,7 +55,7 @@ def demanded(costs: CostModel, schedule: Schedule) -> Demand:
             f"got {len(schedule)}"
         )
     mixed = any(len(set(decision.ranks)) > 1 for decision in schedule.rounds)
-    if mixed and scenario.aggregation.lora in (*AVERAGING, "fedex"):
+    if mixed and RULES[scenario.aggregation.lora].equal_ranks:
         raise DecisionError(
             f"ranks must be common to all devices for aggregation.lora {scenario.aggregation.lora!r}, "
             f"which averages factors of one and the same rank; got {schedule}"

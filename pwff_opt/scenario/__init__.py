@@ -2,7 +2,6 @@
 
 from pwff_opt.scenario.checks import LARGEST_INTEGER, field_problems, rules_of, value_problems
 from pwff_opt.scenario.tables import (
-    AVERAGING,
     SOURCES,
     Aggregation,
     Alignment,
@@ -11,7 +10,6 @@ from pwff_opt.scenario.tables import (
     Data,
     Decisions,
     Device,
-    LoraRule,
     Model,
     Natural,
     NonNegative,
@@ -29,7 +27,6 @@ from pwff_opt.scenario.tables import (
 )
 
 __all__ = [
-    "AVERAGING",
     "LARGEST_INTEGER",
     "SOURCES",
     "Aggregation",
@@ -39,7 +36,6 @@ __all__ = [
     "Data",
     "Decisions",
     "Device",
-    "LoraRule",
     "Model",
     "Natural",
     "NonNegative",

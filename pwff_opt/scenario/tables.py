@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from pwff_opt.errors import ScenarioError
-from pwff_opt.registry import ACCESS, CHANNELS
+from pwff_opt.registry import ACCESS, CHANNELS, RULES
 from pwff_opt.scenario.checks import OneOf, field_problems
 
 Positive = Annotated[float, Gt(0)]
@@ -24,19 +24,6 @@ Count = Annotated[int, Gt(0)]
 Natural = Annotated[int, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 UploadDtype = Literal["float32", "float16", "int8"]
-LoraRule = Literal[
-    "personal",
-    "fedit",
-    "ffa",
-    "fedsa",
-    "rolora",
-    "hetlora",
-    "hetlora-norm",
-    "flora",
-    "flexlora",
-    "fedex",
-    "raflora",
-]
 StageName = Literal["classification", "pretraining", "instruction", "alignment"]
 _TEXTS = ("hutto", "reuters-r8", "20newsgroups", "file", "hub")
 SOURCES: Mapping[StageName, tuple[str, ...]] = {
@@ -46,8 +33,6 @@ SOURCES: Mapping[StageName, tuple[str, ...]] = {
     "alignment": ("stereoset", "file", "hub"),
 }
 """What a stage can learn from."""
-AVERAGING: tuple[LoraRule, ...] = ("fedit", "ffa", "fedsa", "rolora")
-"""Rules that only average factors, so that noise and server optimisers can act on the averages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +226,7 @@ class Aggregation:
     """
 
     adapter: Literal["average", "personal"] = "average"
-    lora: LoraRule = "personal"
+    lora: Annotated[str, OneOf(RULES)] = "personal"
     devices_per_round: Natural = 0
     """Devices drawn to take part in a round; 0: all."""
     proximal: NonNegative = 0.0
@@ -249,7 +234,7 @@ class Aggregation:
     the blocks that are uploaded."""
     server: Literal["average", "momentum", "adam"] = "average"
     """How averages become the new shared blocks: as they are, or a step by FedAvgM or FedAdam.
-    LoRA factors are among them where the rule is fedit, ffa, fedsa or rolora."""
+    LoRA factors are among them where the rule only averages: fedit, ffa, fedsa or rolora."""
     server_learning_rate: Positive = 1.0
     server_momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     server_second_momentum: Annotated[float, Ge(0), Lt(1)] = 0.99
@@ -414,24 +399,25 @@ class Scenario:
             )
 
     def _aggregation_relations(self) -> Iterator[str]:
-        rule = self.aggregation
-        if rule.devices_per_round > len(self.devices):
+        table = self.aggregation
+        rule = RULES.get(table.lora)
+        if table.devices_per_round > len(self.devices):
             yield (
                 "aggregation.devices_per_round must not exceed the number of devices "
-                f"({len(self.devices)}), got {rule.devices_per_round}"
+                f"({len(self.devices)}), got {table.devices_per_round}"
             )
-        if rule.noise_multiplier > 0 and rule.clip_norm == 0:
+        if table.noise_multiplier > 0 and table.clip_norm == 0:
             yield (
                 "aggregation.clip_norm must be greater than 0 where aggregation.noise_multiplier is "
-                f"({rule.noise_multiplier:g}): noise is measured in it; got 0"
+                f"({table.noise_multiplier:g}): noise is measured in it; got 0"
             )
-        if rule.noise_multiplier > 0 and rule.lora not in ("personal", *AVERAGING):
+        if table.noise_multiplier > 0 and rule and rule.aggregates and not rule.averages:
             yield (
                 "aggregation.noise_multiplier must be 0 for aggregation.lora "
-                f"{rule.lora!r}, which does more than average; got {rule.noise_multiplier:g}"
+                f"{table.lora!r}, which does more than average; got {table.noise_multiplier:g}"
             )
-        if rule.lora in (*AVERAGING, "fedex") and self.decisions.rank_scope == "per_device":
+        if rule and rule.equal_ranks and self.decisions.rank_scope == "per_device":
             yield (
-                f"decisions.rank_scope must be 'common' for aggregation.lora {rule.lora!r}, which "
+                f"decisions.rank_scope must be 'common' for aggregation.lora {table.lora!r}, which "
                 "averages factors of one and the same rank; got 'per_device'"
             )

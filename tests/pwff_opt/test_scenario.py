@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pwff_opt.errors import ScenarioError
-from pwff_opt.scenario import AVERAGING, Cell, Device, Scenario
+from pwff_opt.scenario import Cell, Device, Scenario
 from pwff_opt.scenario.files import (
     built_in_names,
     from_resolved,
@@ -197,7 +197,7 @@ def test_noise_needs_factors_of_one_rank_only_where_they_are_sent() -> None:
     noisy = f"{GOOD}[aggregation]\nclip_norm = 1.0\nnoise_multiplier = 1.0\nlora = 'RULE'\n"
     mixed = f"{noisy}[decisions]\nrank_scope = 'per_device'\n"
     parse_scenario(mixed.replace("RULE", "personal"))
-    for rule in AVERAGING:
+    for rule in ("fedit", "ffa", "fedsa", "rolora"):
         parse_scenario(noisy.replace("RULE", rule))
         problem = f"decisions.rank_scope must be 'common' for aggregation.lora {rule!r}"
         assert any(line.startswith(problem) for line in problems_of(mixed.replace("RULE", rule)))

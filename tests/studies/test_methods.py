@@ -13,8 +13,9 @@ import torch
 
 from pwff_opt.data import corpora as corpora
 from pwff_opt.errors import RunError
-from pwff_opt.federated.exchange.rules import RULES, Factors
+from pwff_opt.federated.exchange.rules import Factors
 from pwff_opt.federated.training.evaluator import FederatedEvaluator
+from pwff_opt.registry import RULES
 from pwff_opt.runs.records import RunFolder
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))

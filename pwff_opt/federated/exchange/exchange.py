@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from pwff_opt.errors import TrainingError
+from pwff_opt.federated.exchange.average import average
 from pwff_opt.federated.exchange.privacy import add_noise, clip
-from pwff_opt.federated.exchange.rules import RULES, Factors, Merged, average, ideal
+from pwff_opt.federated.exchange.rules import Factors, LoraRule, Merged
+from pwff_opt.federated.exchange.rules._factors import ideal
 from pwff_opt.federated.exchange.server import step
 from pwff_opt.federated.exchange.uploads import encode, require_finite
 from pwff_opt.federated.model.blocks import Tensors, layer_of, lora_scale
-from pwff_opt.scenario import AVERAGING, Scenario
+from pwff_opt.registry import RULES
+from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import LayerState, RoundDecision
 
 
@@ -45,7 +48,7 @@ class Exchange:
         self._scenario, self._number, self._decision = scenario, number, decision
         self._table, self._peft = scenario.aggregation, scenario.peft
         self._private = self._table.clip_norm > 0 and self._table.noise_multiplier > 0
-        self._rule = None if self._table.lora == "personal" else RULES[self._table.lora]
+        self._rule: LoraRule = RULES[self._table.lora]
 
     def learns(self, name: str) -> bool:
         """Return whether the blocks of this name are trained."""
@@ -55,10 +58,10 @@ class Exchange:
         state = self._decision.states[layer]
         if state is LayerState.FROZEN or name.startswith("delta."):
             return False
-        ruled = state is LayerState.AGGREGATED or self._table.lora == "ffa"
-        if self._rule and _is_lora(name) and ruled:
-            return self._rule.learns(self._number)[name.endswith(".B")]
-        return True
+        if not _is_lora(name):
+            return True
+        aggregated = state is LayerState.AGGREGATED
+        return self._rule.trains(self._number, aggregated=aggregated)[name.endswith(".B")]
 
     def sends(self, name: str) -> bool:
         """Return whether the blocks of this name are uploaded."""
@@ -68,7 +71,7 @@ class Exchange:
         if self._decision.states[layer] is not LayerState.AGGREGATED:
             return False
         if _is_lora(name):
-            return self._rule is not None and self._rule.sends(self._number)[name.endswith(".B")]
+            return self._rule.sends(self._number)[name.endswith(".B")]
         if name.startswith("adapter."):
             return self._table.adapter == "average"
         return name.startswith("common.")
@@ -108,27 +111,9 @@ class Exchange:
             last sent to all, or as drawn in common. It has no LoRA that the rule does not average.
         fresh : (device, layer, projection) -> a new A, for rules that start anew.
         """
-        table = self._table
         senders = [k for k, here in enumerate(present) if here]
         shares = {k: 1.0 if self._private else weights[k] for k in senders}
-        # What belongs to a LoRA that was given up or resized goes with it.
-        residuals = [
-            {name: tensor for name, tensor in owed.items() if _is_kept(name, old, new)}
-            for owed, old, new in zip(
-                state.residuals or ({},) * len(after), state.devices, before, strict=True
-            )
-        ]
-        moments = {
-            key: tensor
-            for key, tensor in state.moments.items()
-            if _is_kept(key.split("/", 1)[1], state.sent, public)
-        }
-        bits = [0] * len(after)
-        received: dict[int, Tensors] = {}
-        for k in senders:
-            received[k], residuals[k], bits[k] = self._receive(
-                k, before[k], after[k], public, residuals[k]
-            )
+        received, residuals, bits = self._receive_all(senders, before, after, public, state)
         shared = average(
             [{n: t for n, t in received[k].items() if not _is_lora(n)} for k in senders],
             list(shares.values()),
@@ -136,46 +121,90 @@ class Exchange:
         devices = [dict(own) for own in after]
         shared |= self._merge_factors(devices, received, shares, fresh)
         if self._private:
-            # One that diverged counts as no change: how many do must not show in the average.
-            changes = add_noise(
-                {name: change * (len(senders) / planned) for name, change in shared.items()},
-                noise_multiplier=table.noise_multiplier,
-                clip_norm=table.clip_norm,
-                participants=planned,
-                seed=self._scenario.seeds.training,
-                round=self._number,
-            )
-            shared = {
-                name: (public[name].double() + change.double()).float()
-                for name, change in changes.items()
-            }
-        # Devices that have trained a block alone so far did not start from the server's.
-        previous = {
-            name: public[name]
-            for name in shared
-            if name in state.sent or name not in state.devices[0]
-        }
-        shared, moments = step(table, previous, shared, moments)
-        # Every device then holds the same object.
-        shared = {name: self._on_air(tensor) for name, tensor in shared.items()}
-        try:
-            require_finite(shared)
-        except TrainingError as error:
-            raise TrainingError(
-                f"round {self._number}: {error} after the server's step; lower "
-                f"aggregation.server_learning_rate ({table.server_learning_rate:g}) or upload float32"
-            ) from error
-        for own in devices:
+            shared = self._noised(shared, public, len(senders), planned)
+        shared, moments = self._stepped(shared, public, state)
+        for own in devices:  # all hold the same objects
             own.update({name: tensor for name, tensor in shared.items() if name in own})
         return (
             State(
                 devices=tuple(devices),
                 sent={n: t for n, t in public.items() if n in state.sent} | shared,
                 moments=moments,
-                residuals=tuple(residuals),
+                residuals=residuals,
             ),
-            tuple(bits),
+            bits,
         )
+
+    def _receive_all(
+        self,
+        senders: Sequence[int],
+        before: Sequence[Tensors],
+        after: Sequence[Tensors],
+        public: Tensors,
+        state: State,
+    ) -> tuple[dict[int, Tensors], tuple[Tensors, ...], tuple[int, ...]]:
+        """Return what arrives of every sender; for all devices, what uploads owe and their size in bits.
+
+        What was owed of a LoRA that was given up or resized goes with it.
+        """
+        residuals = [
+            {name: tensor for name, tensor in owed.items() if _is_kept(name, old, new)}
+            for owed, old, new in zip(
+                state.residuals or ({},) * len(after), state.devices, before, strict=True
+            )
+        ]
+        bits = [0] * len(after)
+        received: dict[int, Tensors] = {}
+        for k in senders:
+            received[k], residuals[k], bits[k] = self._receive(
+                k, before[k], after[k], public, residuals[k]
+            )
+        return received, tuple(residuals), tuple(bits)
+
+    def _noised(self, mean: Tensors, public: Tensors, sent: int, planned: int) -> Tensors:
+        """Return the new values of what was averaged as changes since ``public``, with noise.
+
+        One that diverged counts as no change: how many do must not show in the average.
+        """
+        changes = add_noise(
+            {name: change * (sent / planned) for name, change in mean.items()},
+            noise_multiplier=self._table.noise_multiplier,
+            clip_norm=self._table.clip_norm,
+            participants=planned,
+            seed=self._scenario.seeds.training,
+            round=self._number,
+        )
+        return {
+            name: (public[name].double() + change.double()).float()
+            for name, change in changes.items()
+        }
+
+    def _stepped(self, mean: Tensors, public: Tensors, state: State) -> tuple[Tensors, Tensors]:
+        """Return the shared blocks after the server's step, as they arrive, and the server's new moments.
+
+        Moments of a LoRA that was given up or resized go with it.
+        """
+        moments = {
+            key: tensor
+            for key, tensor in state.moments.items()
+            if _is_kept(key.split("/", 1)[1], state.sent, public)
+        }
+        # Devices that have trained a block alone so far did not start from the server's.
+        previous = {
+            name: public[name]
+            for name in mean
+            if name in state.sent or name not in state.devices[0]
+        }
+        shared, moments = step(self._table, previous, mean, moments)
+        shared = {name: self._on_air(tensor) for name, tensor in shared.items()}
+        try:
+            require_finite(shared)
+        except TrainingError as error:
+            raise TrainingError(
+                f"round {self._number}: {error} after the server's step; lower aggregation."
+                f"server_learning_rate ({self._table.server_learning_rate:g}) or upload float32"
+            ) from error
+        return shared, moments
 
     def _receive(
         self, device: int, before: Tensors, after: Tensors, public: Tensors, residual: Tensors
@@ -192,7 +221,7 @@ class Exchange:
             )
         except TrainingError as error:
             raise TrainingError(f"device {device}, round {self._number}: {error}") from error
-        if self._rule and not self._rule.keeps_basis:
+        if not self._rule.keeps_basis:
             residual = {name: owed for name, owed in residual.items() if not _is_lora(name)}
         received = upload.decode(known)
         if self._table.clip_norm > 0:
@@ -216,8 +245,6 @@ class Exchange:
     ) -> Tensors:
         """Give every device its merged LoRA; return the factors that are averages, by name."""
         averages: Tensors = {}
-        if self._rule is None:
-            return averages
         names = sorted({n for own in devices for n in own if _is_lora(n) and n.endswith(".A")})
         for a in names:
             b = f"{a[:-1]}B"
@@ -225,7 +252,7 @@ class Exchange:
                 continue
             holders = [k for k, own in enumerate(devices) if a in own]
             merged = self._merged(a, b, holders, devices, received, weights, fresh)
-            if self._table.lora in AVERAGING:
+            if self._rule.averages:
                 both = {a: merged.factors[0].a, b: merged.factors[0].b}
                 averages |= {name: tensor for name, tensor in both.items() if self.sends(name)}
             else:
@@ -243,7 +270,6 @@ class Exchange:
         fresh: Callable[[int, int, str], torch.Tensor],
     ) -> Merged:
         """Return what the rule makes of the factors named ``a`` and ``b``, for all who hold them."""
-        assert self._rule is not None
         _, layer, projection, _ = a.split(".")
         sending = [k for k in received if k in holders]
         return self._rule.merge(

@@ -16,7 +16,7 @@ from pwff_opt.data.partition import Shard
 from pwff_opt.errors import DecisionError, TrainingError
 from pwff_opt.evaluation import TrainedRound
 from pwff_opt.federated.exchange.exchange import Exchange, State
-from pwff_opt.federated.exchange.rules import RULES
+from pwff_opt.federated.exchange.rules import LoraRule
 from pwff_opt.federated.model.backbone import Backbone, Stack
 from pwff_opt.federated.model.blocks import (
     Tensors,
@@ -33,8 +33,9 @@ from pwff_opt.federated.stages import Stage
 from pwff_opt.federated.text.tokens import Indices
 from pwff_opt.federated.training.cohort import Cohort, Learned
 from pwff_opt.planning.feasibility import check_ranks
+from pwff_opt.registry import RULES
 from pwff_opt.rng import stream
-from pwff_opt.scenario import AVERAGING, Scenario
+from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.participation import participants
 from pwff_opt.scenario.schedule import RoundDecision
 
@@ -77,9 +78,7 @@ class Trainer:
         self.scenario, self.backbone, self.stage, self.shards = scenario, backbone, stage, shards
         self._peft, self._seed = scenario.peft, scenario.seeds.training
         self._workers = Workers(workers)
-        rule = RULES.get(scenario.aggregation.lora)
-        self._by_slices = rule is not None and rule.by_slices
-        self._averages = scenario.aggregation.lora in AVERAGING
+        self._rule: LoraRule = RULES[scenario.aggregation.lora]
         self.features = features or Features(
             backbone,
             stage.tokens,
@@ -342,7 +341,9 @@ class Trainer:
         That is what was sent to all, else the draw in common; both can be repeated by either end. LoRA
         is among it where the rule averages its factors, for then all devices have it at one rank.
         """
-        return self._prepared(sent, decision.ranks[0] if self._averages else 0, present, number, 0)
+        return self._prepared(
+            sent, decision.ranks[0] if self._rule.averages else 0, present, number, 0
+        )
 
     def _prepared(
         self, state: Tensors, rank: int, present: Sequence[bool], number: int, device: int
@@ -387,7 +388,7 @@ class Trainer:
                         blocks[b],
                         fresh[:rank],
                         stretch=self._scale(held) / self._scale(rank),
-                        by_slices=self._by_slices,
+                        by_slices=self._rule.by_slices,
                     )
         return blocks
 
@@ -399,14 +400,13 @@ class Trainer:
         Where factors are averaged it is one for all rounds, so that it can be drawn again whenever an
         update is to be measured from it.
         """
-        personal = self.scenario.aggregation.lora == "personal"
         fresh = fresh_lora(
             layer,
             rank,
             self.backbone.lora_shapes(layer),
             seed=self._seed,
-            round=0 if self._averages else number,
-            device=device if personal else None,
+            round=0 if self._rule.averages else number,
+            device=None if self._rule.common_start else device,
         )
         return fresh[f"lora.{layer}.{projection}.A"]
 

@@ -136,7 +136,7 @@ def test_key_value_heads_must_divide_heads(subject):
         ({"adapter_width": -1}, "adapter_width must be an integer of at least 0, got -1"),
         ({"common_rank": 1.5}, "common_rank must be an integer of at least 0, got 1.5"),
         ({"round": True}, "round must be an integer of at least 0, got True"),
-        ({"lora_rule": "mean"}, "lora_rule must be one of personal, fedit, .*, got 'mean'"),
+        ({"lora_rule": "mean"}, "lora_rule must be one of fedex, fedit, .*, got 'mean'"),
         ({"upload_dtype": "int4"}, "upload_dtype must be one of float32, .*, got 'int4'"),
     ],
 )

@@ -1,48 +1,20 @@
-"""LoRA factors of many devices, and the algebra that the rules share."""
+"""The algebra of LoRA factors that the rules share; it needs torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pwff_opt.errors import TrainingError
-
-Fresh = Callable[[int], Tensor]
-"""Place in ``held`` -> a newly drawn A of that device's rank."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Factors:
-    """What one device holds for one projection: dW = scale * b @ a."""
-
-    a: Tensor
-    """[rank, inputs]"""
-    b: Tensor
-    """[outputs, rank]"""
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        """The number of slices, rows of ``a`` and columns of ``b``."""
-        return self.a.shape[0]
+from pwff_opt.federated.exchange.rules._rule import Factors, Fresh, normalised
 
 
 def ideal(sent: Sequence[Factors], weights: Sequence[float]) -> Tensor:
     r"""Return :math:`\Delta W^* = \sum_k p_k s_k B_k A_k`: [outputs, inputs], float64."""
     left, right = stack(sent, normalised(weights))
     return left @ right
-
-
-def normalised(weights: Sequence[float]) -> list[float]:
-    """Return weights that sum to one."""
-    total = sum(weights)
-    if not total > 0:
-        raise TrainingError(f"the weights of LoRA uploads sum to {total:g}; they must be positive")
-    return [weight / total for weight in weights]
 
 
 def mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -13,13 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pwff_opt.errors import TrainingError
-from pwff_opt.federated.exchange.rules import RULES, Factors, Merged, ideal
+from pwff_opt.federated.exchange.rules import Factors, Merged
+from pwff_opt.federated.exchange.rules._factors import ideal
+from pwff_opt.registry import RULES
 
 INPUTS, OUTPUTS = 40, 56
 MIXED = (2, 4, 8, 16)
 WEIGHTS = (10.0, 30.0, 20.0, 40.0)
 EQUAL_RANKS_ONLY = ("fedit", "ffa", "fedsa", "rolora", "fedex")
 ANY_RANKS = ("hetlora", "hetlora-norm", "flora", "flexlora", "raflora")
+MERGING = (*EQUAL_RANKS_ONLY, *ANY_RANKS)
 Array = npt.NDArray[np.float64]
 
 
@@ -96,10 +99,31 @@ def suitable(name: str) -> list[Factors]:
 
 
 def test_every_rule_of_a_scenario_is_there() -> None:
-    assert sorted(RULES) == sorted((*EQUAL_RANKS_ONLY, *ANY_RANKS))
+    assert list(RULES) == sorted((*MERGING, "personal"))
 
 
-@pytest.mark.parametrize("name", RULES)
+def test_what_rules_say_of_themselves() -> None:
+    def those(fact: str) -> set[str]:
+        return {name for name, rule in RULES.items() if getattr(rule, fact)}
+
+    assert those("equal_ranks") == set(EQUAL_RANKS_ONLY)
+    assert those("averages") == set(EQUAL_RANKS_ONLY) - {"fedex"}
+    assert those("aggregates") == those("common_start") == set(MERGING)
+    assert those("also_in_personal_layers") == {"ffa"}
+    assert {name: rule.period for name, rule in RULES.items() if rule.period > 1} == {"rolora": 2}
+    for rule in RULES.values():
+        for round in range(2 * rule.period):
+            assert rule.learns(round) == rule.learns(round % rule.period)
+            assert rule.sends(round) == rule.sends(round % rule.period)
+
+
+def test_the_personal_rule_sends_nothing_and_leaves_all_as_it_is() -> None:
+    held = cohort(MIXED)
+    assert RULES["personal"].sends(0) == (False, False)
+    assert merge("personal", held, WEIGHTS).factors == tuple(held)
+
+
+@pytest.mark.parametrize("name", MERGING)
 def test_what_is_sent_has_been_trained_and_something_is(name: str) -> None:
     for round in range(4):
         learns, sends = RULES[name].learns(round), RULES[name].sends(round)
@@ -162,7 +186,7 @@ def test_one_common_factor_makes_the_average_ideal(name: str, round: int) -> Non
         assert error(effective(merged, item), dense_ideal(sent, WEIGHTS[:3])) < 1e-6
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", MERGING)
 @pytest.mark.parametrize("round", [0, 1])
 def test_identical_devices_keep_their_product(name: str, round: int) -> None:
     sent = [draw(4, 3)] * 3
@@ -285,7 +309,7 @@ def test_more_slices_than_rows() -> None:
     assert error(effective(merged, 0), truncated(dense_ideal(sent, WEIGHTS[:3]), 6)) < 1e-6
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", MERGING)
 @pytest.mark.parametrize("round", [0, 1])
 def test_order_of_devices_is_immaterial(name: str, round: int) -> None:
     sent, order = suitable(name), [2, 0, 3, 1]
@@ -305,7 +329,7 @@ def test_order_of_devices_is_immaterial(name: str, round: int) -> None:
         torch.testing.assert_close(two.delta, one.delta, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", MERGING)
 def test_only_ratios_of_weights_matter(name: str) -> None:
     sent = suitable(name)
     one = merge(name, sent, WEIGHTS)
@@ -314,7 +338,7 @@ def test_only_ratios_of_weights_matter(name: str) -> None:
         np.testing.assert_allclose(effective(two, item), effective(one, item), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", MERGING)
 @pytest.mark.parametrize("round", [0, 1])
 def test_what_is_not_sent_is_not_read(name: str, round: int) -> None:
     held = suitable(name)
@@ -334,7 +358,7 @@ def test_what_is_not_sent_is_not_read(name: str, round: int) -> None:
         assert torch.equal(own.b, other.b)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", MERGING)
 @pytest.mark.parametrize("round", [0, 1])
 def test_devices_that_took_no_part_get_the_result_too(name: str, round: int) -> None:
     held = suitable(name)
@@ -355,7 +379,7 @@ def test_devices_that_took_no_part_get_the_result_too(name: str, round: int) -> 
         assert torch.equal(own.b, other.b)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", MERGING)
 def test_without_senders_all_keep_what_they_hold(name: str) -> None:
     held = suitable(name)
     merged = merge(name, [], [], held)
@@ -365,7 +389,7 @@ def test_without_senders_all_keep_what_they_hold(name: str) -> None:
         assert own.b is before.b
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", MERGING)
 def test_shapes_scales_and_types_stay_and_inputs_are_not_written(name: str) -> None:
     sent = suitable(name)
     before = [(own.a.clone(), own.b.clone()) for own in sent]

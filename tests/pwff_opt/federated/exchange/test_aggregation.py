@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pwff_opt.federated.exchange.rules import average
+from pwff_opt.federated.exchange.average import average
 
 
 def test_mean_is_weighted_over_the_senders_of_each_tensor() -> None:

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +15,20 @@ from pwff_opt.costs import Blocks
 from pwff_opt.errors import DecisionError, TrainingError
 from pwff_opt.federated.exchange import exchange as exchange_module
 from pwff_opt.federated.exchange.exchange import Exchange, State
-from pwff_opt.federated.exchange.rules import RULES as MERGING
-from pwff_opt.federated.exchange.rules import Factors, ideal
+from pwff_opt.federated.exchange.rules import Factors
+from pwff_opt.federated.exchange.rules._factors import ideal
 from pwff_opt.federated.model.backbone import Stack
 from pwff_opt.federated.model.blocks import Tensors
 from pwff_opt.federated.text.tokens import Packed
 from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.federated.training.trainer import Trainer
 from pwff_opt.planning.demand import CostModel
-from pwff_opt.scenario import AVERAGING, Aggregation, Scenario
+from pwff_opt.registry import RULES
+from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import LayerState, Schedule
 
-RULES = get_args(get_type_hints(Aggregation)["lora"])
+MERGING = tuple(name for name, rule in RULES.items() if rule.aggregates)
+AVERAGING = ("fedit", "ffa", "fedsa", "rolora")
 MIXED = ("personal", "hetlora", "hetlora-norm", "flora", "flexlora", "raflora")
 
 
