@@ -35,35 +35,35 @@ class Method:
     """What is trained, what is shared and how it is merged."""
 
     text: str
-    """In one line."""
+    """What the method does, in one line."""
     adapters: bool = True
-    """False: none (``peft.adapter_width`` 0)."""
+    """Whether there are adapters; False sets ``peft.adapter_width`` to 0."""
     head: Literal["shared", "personal"] = "shared"
     common_rank: int = 0
     lora: str = "personal"
-    """``aggregation.lora``."""
+    """Name of the LoRA rule, one of ``pwff_opt.registry.RULES``; it becomes ``aggregation.lora``."""
     letter: Literal["a", "p"] = "a"
     """State of the trained layers: aggregated or personal."""
     ranks: tuple[int, ...] = (RANK,)
-    """Of the LoRA, in turn over the devices; (0,): none."""
+    """Ranks of the LoRA, in turn over the devices; (0,): none."""
     all_layers: bool = False
     """Trains every layer, whatever depth is asked for."""
     upper: int | None = None
     """Trains so many of the upper layers, whatever depth is asked for."""
     alignment: Mapping[str, Any] = field(default_factory=dict)
-    """Overrides of ``[alignment]``; a method that has any needs that stage."""
+    """What the method changes in ``[alignment]``; a method that has any needs that stage."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """Overrides of ``[model]``."""
+    """What the method changes in ``[model]``."""
 
     @property
     def peft(self) -> dict[str, Any]:
-        """Overrides of ``[peft]``."""
+        """What the method changes in ``[peft]``."""
         width: dict[str, Any] = {} if self.adapters else {"adapter_width": 0}
         return width | {"head": self.head, "common_lora_rank": self.common_rank}
 
     @property
     def aggregation(self) -> dict[str, Any]:
-        """Overrides of ``[aggregation]``."""
+        """What the method changes in ``[aggregation]``."""
         return {"adapter": "average", "lora": self.lora}
 
     @property

@@ -32,8 +32,6 @@ from pwff_opt.errors import DecisionError, ModelError
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import LayerState
 
-_NO_BLOCKS = Blocks(adapter_width=0)
-
 
 class LocalStep(Protocol):
     """A local step of a stage, on a device that takes no short cuts.
@@ -139,7 +137,7 @@ class Rewards:
     def forward_byte(self) -> int:
         return forward_memory_byte(
             self.architecture,
-            _NO_BLOCKS,
+            Blocks(adapter_width=0),
             rank=0,
             present=[False] * self.architecture.layers,
             sequences=self.sequences,
@@ -400,5 +398,9 @@ def _given(workload: Workload, name: str, scenario: Scenario) -> FloatArray:
 
 def _plain_flops(architecture: Architecture, count: TokenCount) -> Quantity:
     return forward_flops(
-        architecture, _NO_BLOCKS, rank=0, present=[False] * architecture.layers, count=count
+        architecture,
+        Blocks(adapter_width=0),
+        rank=0,
+        present=[False] * architecture.layers,
+        count=count,
     )

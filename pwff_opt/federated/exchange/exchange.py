@@ -29,7 +29,7 @@ class State:
     sent: Tensors = field(default_factory=dict)
     """What the server has sent to all, as last sent; at the rank that the devices have by now."""
     moments: Tensors = field(default_factory=dict)
-    """Of the server's optimiser."""
+    """Moments of the server's optimiser."""
     residuals: tuple[Tensors, ...] = ()
     """What each device's uploads owe to the server: error feedback of int8."""
 
