@@ -7,17 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pwff_opt.errors import ModelError
+from pwff_opt.registry import FAMILIES
 
-Family = Literal["bert", "llama"]
 Pooling = Literal["model", "mean"]
 Head = Literal["classifier", "language"]
-
-_FAMILIES: Mapping[str, Family] = {
-    "bert": "bert",
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "llama",
-}
 
 _POSITIVE: tuple[str, ...] = (
     "layers",
@@ -32,7 +25,7 @@ _POSITIVE += ("vocabulary", "classes")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    r"""Sizes of a Hugging Face model of the BERT or the Llama family: classifier or language model.
+    r"""Sizes of a Hugging Face model of a known family: classifier or language model.
 
     Symbols used by every formula of :mod:`pwff_opt.costs`: :math:`L` layers, :math:`h` hidden
     width, :math:`a` = heads x head_dim (query width), :math:`k` = key_value_heads x head_dim,
@@ -41,6 +34,7 @@ class Architecture:
     Parameters
     ----------
     family
+        Name of a family (:data:`pwff_opt.registry.FAMILIES`), which knows the rest.
         ``"bert"``: learned positions, LayerNorm after each residual, plain MLP, pooler, head with
         bias. ``"llama"``: rotary positions, RMSNorm before each block, gated MLP, head without
         bias.
@@ -70,7 +64,7 @@ class Architecture:
         the key and value heads, or head and classes do not fit.
     """
 
-    family: Family
+    family: str
     layers: int
     hidden: int
     heads: int
@@ -89,13 +83,15 @@ class Architecture:
     pooling: Pooling = "model"
 
     def __post_init__(self) -> None:
-        if self.family not in ("bert", "llama"):
-            raise ModelError(f"family must be 'bert' or 'llama', got {self.family!r}")
+        if self.family not in FAMILIES:
+            known = " or ".join(map(repr, FAMILIES))
+            raise ModelError(f"family must be {known}, got {self.family!r}")
         if self.pooling not in ("model", "mean"):
             raise ModelError(f"pooling must be 'model' or 'mean', got {self.pooling!r}")
-        if self.pooling == "mean" and self.family != "bert":
+        if self.pooling not in self.facts.poolings:
+            able = " or ".join(n for n, own in FAMILIES.items() if self.pooling in own.poolings)
             raise ModelError(
-                f"pooling 'mean' needs a model of the bert family, got {self.family!r}"
+                f"pooling {self.pooling!r} needs a model of the {able} family, got {self.family!r}"
             )
         if self.head not in ("classifier", "language"):
             raise ModelError(f"head must be 'classifier' or 'language', got {self.head!r}")
@@ -113,11 +109,12 @@ class Architecture:
                 f"heads must be a multiple of key_value_heads ({self.key_value_heads}), "
                 f"got {self.heads}"
             )
-        if self.family == "bert" and self.hidden != self.heads * self.head_dim:
-            raise ModelError(
-                f"hidden must be heads x head_dim ({self.heads} x {self.head_dim}) "
-                f"in the bert family, got {self.hidden}"
-            )
+        self.facts.check(self)
+
+    @property
+    def facts(self) -> Any:
+        """What the model's family knows of itself (``pwff_opt.families``)."""
+        return FAMILIES[self.family]
 
     @classmethod
     def from_config(
@@ -132,7 +129,7 @@ class Architecture:
         Parameters
         ----------
         config
-            The JSON object; ``model_type`` is one of bert, llama, mistral, qwen2.
+            The JSON object; ``model_type`` is one that a family reads: bert, llama, mistral, qwen2.
         classes
             Outputs of the classification head; configurations of base models do not say it. None:
             the head is the model's own language head.
@@ -152,43 +149,27 @@ class Architecture:
         >>> Architecture.from_config(config, classes=3).key_value_width
         32
         """
-        model_type = config.get("model_type")
-        family = _FAMILIES.get(str(model_type))
-        if family is None:
-            raise ModelError(
-                f"config.model_type must be one of {', '.join(_FAMILIES)}, got {model_type!r}"
-            )
-        for key in ("is_decoder", "add_cross_attention"):
-            if family == "bert" and config.get(key):
-                raise ModelError(f"config.{key} must be false in an encoder, got {config[key]!r}")
-        hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+        name = family_of(config)
+        family: Any = FAMILIES[name]
+        family.check_config(config)
+        hidden, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
         if config.get("head_dim") is None and hidden % heads:
             raise ModelError(
                 f"config.hidden_size must be a multiple of num_attention_heads ({heads}), "
                 f"got {hidden}"
             )
-        bias = _biases(str(model_type), config)
         language = classes is None
         return cls(
-            family=family,
-            layers=_size(config, "num_hidden_layers"),
+            family=name,
+            layers=size(config, "num_hidden_layers"),
             hidden=hidden,
             heads=heads,
-            key_value_heads=_key_value_heads(str(model_type), config, heads),
-            head_dim=hidden // heads
-            if family == "bert"
-            else _size(config, "head_dim", hidden // heads),
-            intermediate=_size(config, "intermediate_size"),
-            vocabulary=_size(config, "vocab_size"),
-            positions=_size(config, "max_position_embeddings") if family == "bert" else 0,
-            token_types=_size(config, "type_vocab_size", 2) if family == "bert" else 0,
-            qkv_bias=bias[0],
-            output_bias=bias[1],
-            mlp_bias=bias[2],
+            intermediate=size(config, "intermediate_size"),
+            vocabulary=size(config, "vocab_size"),
+            **family.sizes(config, hidden, heads),
             head="language" if language else "classifier",
-            classes=_size(config, "vocab_size") if classes is None else classes,
-            # Absent means untied for llama, mistral and qwen2 alike.
-            tied=language and bool(config.get("tie_word_embeddings", family == "bert")),
+            classes=size(config, "vocab_size") if classes is None else classes,
+            tied=language and bool(config.get("tie_word_embeddings", family.tied)),
             pooling=pooling,
         )
 
@@ -216,23 +197,24 @@ class Architecture:
         untied language head. BERT's language head has :math:`h^2 + 3h + V + \lambda V(h + 1)` in the place
         of the pooler (untied, one bias of two is not used). Equal to the count of the real model.
         """
-        h, a, k, i = self.hidden, self.query_width, self.key_value_width, self.intermediate
-        language = self.head == "language"
-        untied = language and not self.tied
-        attention = 2 * h * (a + k) + self.qkv_bias * (a + 2 * k) + self.output_bias * h
-        if self.family == "bert":
-            mlp = 2 * h * i + self.mlp_bias * (i + h)
-            embeddings = (self.vocabulary + self.positions + self.token_types) * h + 2 * h
-            top = h * h + h if language or self.pooling == "model" else 0
-            top += language * (2 * h + self.vocabulary) + untied * self.vocabulary * (h + 1)
-            return embeddings + self.layers * (attention + mlp + 4 * h) + top
-        mlp = 3 * h * i + self.mlp_bias * (2 * i + h)
-        return (
-            self.vocabulary * h
-            + self.layers * (attention + mlp + 2 * h)
-            + h
-            + untied * self.vocabulary * h
-        )
+        found: int = self.facts.parameters(self)
+        return found
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """Return the name of the family that reads models of a configuration's ``model_type``.
+
+    Raises
+    ------
+    ModelError
+        No family does.
+    """
+    model_type = config.get("model_type")
+    for name, family in FAMILIES.items():
+        if model_type in family.model_types:
+            return name
+    known = sorted(kind for family in FAMILIES.values() for kind in family.model_types)
+    raise ModelError(f"config.model_type must be one of {', '.join(known)}, got {model_type!r}")
 
 
 def _integer(name: str, value: Any, *, least: int) -> int:
@@ -241,25 +223,7 @@ def _integer(name: str, value: Any, *, least: int) -> int:
     return value
 
 
-def _size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def size(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a size of a configuration, a positive integer; refuse any other value."""
     value = config.get(key)
     return _integer(f"config.{key}", default if value is None else value, least=1)
-
-
-def _key_value_heads(model_type: str, config: Mapping[str, Any], heads: int) -> int:
-    if model_type == "bert":
-        return heads
-    # Only for llama does an absent key mean "as many as query heads"; others default to a number.
-    if model_type != "llama" and "num_key_value_heads" not in config:
-        raise ModelError(f"config.num_key_value_heads must be given for {model_type}, got nothing")
-    return _size(config, "num_key_value_heads", heads)
-
-
-def _biases(model_type: str, config: Mapping[str, Any]) -> tuple[bool, bool, bool]:
-    """Return whether qkv, attention output and MLP projections have biases."""
-    if model_type == "bert":
-        return True, True, True
-    if model_type == "llama":
-        attention = bool(config.get("attention_bias", False))
-        return attention, attention, bool(config.get("mlp_bias", False))
-    return model_type == "qwen2", False, False

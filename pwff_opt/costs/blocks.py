@@ -124,7 +124,7 @@ def head_parameters(architecture: Architecture) -> int:
     """
     if architecture.head == "language":
         return 0
-    bias = architecture.classes if architecture.family == "bert" else 0
+    bias: int = architecture.classes * architecture.facts.head_bias
     return architecture.hidden * architecture.classes + bias
 
 

@@ -252,9 +252,9 @@ class _Work:
         sequences: Any = count.sequences
         tokens: Any = count.tokens
         squared: Any = count.squared_tokens
-        bert = architecture.family == "bert"
+        family = architecture.facts
         common = blocks.common_rank
-        mlp = 2 * tokens * (2 if bert else 3) * h * architecture.intermediate
+        mlp = 2 * tokens * family.mlp_products * h * architecture.intermediate
         output = 2 * tokens * a * h
         half_adapter = 2 * tokens * h * blocks.adapter_width
         self.lora_a: Any = 2 * tokens * rank * 2 * h
@@ -267,16 +267,14 @@ class _Work:
         common_lora = 2 * tokens * common * 2 * h + self.common_b
         self.lora: Any = self.lora_a + self.lora_b + common_lora
         language = architecture.head == "language"
-        self.pooler: Any = 0
         if language:
-            self.pooler = (
-                2 * count.scored * h * h if bert else 0
-            )  # BERT's dense layer before the head
+            self.pooler: Any = family.transform_flops(architecture, count)
         elif architecture.pooling == "mean":
             self.pooler = 2 * tokens * h  # a product of weights [1, token] and [token, hidden]
-        elif bert:
-            self.pooler = 2 * sequences * h * h
-        seen: Any = count.scored if language else sequences if bert else tokens
+        else:
+            self.pooler = family.pooler_flops(architecture, count)
+        classified: Any = tokens if family.classifies_tokens else sequences
+        seen: Any = count.scored if language else classified
         self.head: Any = 2 * seen * h * architecture.classes
         self.head_weight: Any = 0 if language else self.head
         # With one rank a device, each of the next two is an array of one truth a device.

@@ -125,7 +125,7 @@ class Sizes:
             grouped=architecture.heads > architecture.key_value_heads,
             repeats=architecture.heads > architecture.key_value_heads > 1,
             # A causal mask is always made; an encoder makes one only where there is padding.
-            masked=padded or architecture.family == "llama",
+            masked=padded or architecture.facts.always_masked,
         )
 
 

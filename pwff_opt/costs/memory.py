@@ -18,14 +18,7 @@ from pwff_opt.costs.blocks import (
 )
 from pwff_opt.costs.ledger import BYTE, Ledger, Lora, Mode, Sizes
 from pwff_opt.errors import DecisionError
-from pwff_opt.families.bert import memory as memory_bert
-from pwff_opt.families.llama import memory as memory_llama
 from pwff_opt.scenario.schedule import LayerState
-
-_LAYERS = {
-    "bert": (memory_bert.layer_forward, memory_bert.layer_backward),
-    "llama": (memory_llama.layer_forward, memory_llama.layer_backward),
-}
 
 
 def training_memory_byte(
@@ -104,7 +97,7 @@ def training_memory_byte(
             f"{architecture.head} head"
         )
     resident = resident_byte(architecture, blocks, rank=rank, states=states, present=present)
-    batch = _Batch.of(architecture, blocks, sequences, length, scored, padded)
+    batch = Batch.of(architecture, blocks, sequences, length, scored, padded)
     modes, lowest = _modes(architecture, blocks, rank, states, present, batch.sizes.token)
     trains = lowest < architecture.layers
     ledger = Ledger()
@@ -114,7 +107,7 @@ def training_memory_byte(
         ledger.keeps_graph = left > 0
         _head_backward(ledger, architecture, batch, trains)
         for mode in reversed(modes[lowest:]):
-            _LAYERS[architecture.family][1](ledger, batch.sizes, mode)
+            architecture.facts.memory.layer_backward(ledger, batch.sizes, mode)
     _optimiser(ledger, architecture, batch.sizes, modes)
     return resident + batch.given_byte + ledger.peak
 
@@ -137,7 +130,7 @@ def forward_memory_byte(
     """
     states = [LayerState.FROZEN] * architecture.layers
     check_states(architecture, states, present)
-    batch = _Batch.of(architecture, blocks, sequences, length, scored, padded)
+    batch = Batch.of(architecture, blocks, sequences, length, scored, padded)
     modes, _ = _modes(architecture, blocks, rank, states, present, batch.sizes.token)
     ledger = Ledger()
     _forward(ledger, architecture, batch, modes, False)
@@ -229,11 +222,12 @@ def resident_byte(
 def weights_byte(architecture: Architecture) -> int:
     """Return the bytes of a model's weights in float32, its head's and its buffers' among them."""
     parameters = architecture.parameters() + head_parameters(architecture)
-    return BYTE * parameters + _buffers_byte(architecture)
+    buffers: int = architecture.facts.memory.buffers_byte(architecture)
+    return BYTE * parameters + buffers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
+class Batch:
     """A mini-batch: its shape, bytes of its tensors, and of what is there before the step."""
 
     sequences: int
@@ -254,7 +248,7 @@ class _Batch:
         length: int,
         scored: int,
         padded: bool,
-    ) -> _Batch:
+    ) -> Batch:
         for name, value in (("sequences", sequences), ("length", length)):
             if value < 1:
                 raise DecisionError(f"{name} must be at least 1, got {value}")
@@ -315,127 +309,62 @@ def _loras(
     )
 
 
-def _buffers_byte(architecture: Architecture) -> int:
-    """Position and token type numbers (64-bit) of BERT; rotary frequencies of Llama, two copies."""
-    if architecture.family == "bert":
-        return 2 * 8 * architecture.positions
-    return 2 * BYTE * (architecture.head_dim // 2)
-
-
 def _forward(
     ledger: Ledger,
     architecture: Architecture,
-    batch: _Batch,
+    batch: Batch,
     modes: Sequence[Mode],
     trains: bool,
 ) -> None:
     """Embeddings, layers and final norm; leaves the last hidden state alive."""
-    s, length = batch.sizes, batch.length
+    s = batch.sizes
     ledger.take(s.hidden)
-    if architecture.family == "bert":
-        rows = BYTE * length * architecture.hidden
-        ledger.take(s.hidden, s.hidden)  # token types, sum
-        ledger.take(rows, s.hidden)  # positions, sum; the norm replaces the first sum
-        ledger.give(s.hidden, s.hidden, s.hidden, rows)
-    else:
-        ledger.take(2 * BYTE * length * architecture.head_dim)  # cosines, sines
+    own = architecture.facts.memory
+    own.embed_forward(ledger, architecture, batch)
     if s.masked:
         ledger.take(s.mask)
     # The model's frame holds the embeddings, the first layer's input, until all layers are done.
-    embeddings = 0 if architecture.family == "bert" and modes[0].keeps_lora_input else s.hidden
+    embeddings = s.hidden * own.holds_embeddings(modes[0])
     for layer, mode in enumerate(modes):
-        _LAYERS[architecture.family][0](ledger, s, mode)
+        own.layer_forward(ledger, s, mode)
         if layer == 0:
             ledger.take(embeddings)
-    if architecture.family == "llama":
-        memory_llama.norm_forward(ledger, s, kept=trains)
-        if not trains:
-            ledger.give(s.hidden)  # input of the norm
+    own.top_forward(ledger, s, trains)
     ledger.give(embeddings)
     if s.masked:
         ledger.give(s.mask)
 
 
-def _head_forward(ledger: Ledger, architecture: Architecture, batch: _Batch, trains: bool) -> None:
-    s, sequences = batch.sizes, batch.sequences
-    if architecture.head == "language":
-        ledger.take(batch.scored_hidden)
-        if architecture.family == "bert":
-            ledger.take(batch.scored_hidden)  # dense layer, kept for the GELU
-            ledger.take(batch.scored_hidden)  # GELU, kept for the norm
-            ledger.take(batch.scored_hidden, batch.moments)  # norm
-            if not trains:
-                ledger.give(2 * batch.scored_hidden, batch.moments)
-            ledger.take(batch.logits)
-            ledger.give(batch.scored_hidden)  # norm; the frozen head does not need it
-        else:
-            ledger.take(batch.logits)
-        ledger.give(batch.scored_hidden)
-        ledger.take(batch.logits)  # log-probabilities, kept
-        ledger.give(batch.logits, s.hidden)  # logits and last hidden state, held by the frame
-        if not trains:
-            ledger.give(batch.logits)
-    elif architecture.family == "bert":
-        pooled = BYTE * sequences * architecture.hidden
-        if architecture.pooling == "mean":
-            ledger.take(s.token)  # weights of the mean
-        # Pooler or mean; its tanh or norm, kept for the gradients of that and of the head.
-        ledger.take(pooled, pooled)
-        if architecture.pooling == "model" or not trains:
-            ledger.give(pooled)
-        ledger.give(s.hidden)  # last hidden state
-        ledger.take(BYTE * sequences * architecture.classes)
-    else:
-        ledger.take(s.token * architecture.classes)  # the last hidden state stays for the head
-        ledger.give(s.token * architecture.classes)
+def _head_forward(ledger: Ledger, architecture: Architecture, batch: Batch, trains: bool) -> None:
+    own = architecture.facts.memory
+    if architecture.head != "language":
+        own.classifier_forward(ledger, architecture, batch, trains)
+        return
+    ledger.take(batch.scored_hidden)
+    own.language_forward(ledger, batch, trains)
+    ledger.give(batch.scored_hidden)
+    ledger.take(batch.logits)  # log-probabilities, kept
+    ledger.give(batch.logits, batch.sizes.hidden)  # logits and last hidden state, held by the frame
+    if not trains:
+        ledger.give(batch.logits)
 
 
-def _head_backward(ledger: Ledger, architecture: Architecture, batch: _Batch, trains: bool) -> None:
+def _head_backward(ledger: Ledger, architecture: Architecture, batch: Batch, trains: bool) -> None:
     """Head, pooler or final norm; leaves the gradient of the last layer's output if needed."""
-    s, sequences = batch.sizes, batch.sequences
-    if architecture.head == "language":
-        if trains:
-            ledger.take(batch.logits, batch.logits)  # gradients of log-probabilities and of logits
-            ledger.give(batch.logits)
-            ledger.free(batch.logits)  # log-probabilities
-            ledger.take(batch.scored_hidden)
-            ledger.give(batch.logits)
-            if architecture.family == "bert":
-                ledger.swap(batch.scored_hidden)  # through the norm
-                ledger.free(batch.scored_hidden, batch.moments)  # GELU
-                ledger.swap(batch.scored_hidden)  # through the GELU
-                ledger.free(batch.scored_hidden)  # dense
-                ledger.swap(batch.scored_hidden)  # through the dense layer
-            ledger.take(s.hidden)  # zeros but for the scored tokens
-            ledger.give(batch.scored_hidden)
-            if architecture.family == "llama":
-                memory_llama.norm_backward(ledger, s, residual=False)
-        return
-    parameters = BYTE * head_parameters(architecture)
-    if architecture.family == "bert":
-        pooled = BYTE * sequences * architecture.hidden
-        ledger.take(parameters)
-        if trains:
-            ledger.take(pooled, pooled)  # gradient of the pooled output, through tanh or norm
-            ledger.give(pooled)
-            if architecture.pooling == "mean":
-                ledger.give(pooled)  # input of the norm
-        ledger.give(pooled)  # tanh or norm
-        if trains:
-            if architecture.pooling == "model":
-                ledger.swap(pooled)  # through the pooler
-            ledger.take(s.hidden)  # zeros but for the first token, or a share for each
-            ledger.give(pooled)
-        if architecture.pooling == "mean":
-            ledger.give(s.token)
-        return
-    logits = s.token * architecture.classes
-    ledger.take(logits, parameters)
-    if trains:
-        ledger.take(s.hidden)
-    ledger.give(logits, s.hidden)  # last hidden state
-    if trains:
-        memory_llama.norm_backward(ledger, s, residual=False)
+    own, s = architecture.facts.memory, batch.sizes
+    if architecture.head != "language":
+        parameters = BYTE * head_parameters(architecture)
+        own.classifier_backward(ledger, architecture, batch, trains, parameters)
+    elif trains:
+        ledger.take(batch.logits, batch.logits)  # gradients of log-probabilities and of logits
+        ledger.give(batch.logits)
+        ledger.free(batch.logits)  # log-probabilities
+        ledger.take(batch.scored_hidden)
+        ledger.give(batch.logits)
+        own.language_backward(ledger, batch)
+        ledger.take(s.hidden)  # zeros but for the scored tokens
+        ledger.give(batch.scored_hidden)
+        own.top_backward(ledger, s)
 
 
 def _optimiser(ledger: Ledger, architecture: Architecture, s: Sizes, modes: Sequence[Mode]) -> None:

@@ -148,7 +148,7 @@ def _head_tensors(architecture: Architecture) -> Iterator[int]:
     if architecture.head == "language":
         return
     yield architecture.hidden * architecture.classes
-    if architecture.family == "bert":
+    if architecture.facts.head_bias:
         yield architecture.classes
 
 

@@ -29,6 +29,7 @@ from pwff_opt.costs.workload import (
 )
 from pwff_opt.data.models import model_config, model_source, tensor_names
 from pwff_opt.errors import DecisionError, ModelError
+from pwff_opt.registry import FAMILIES
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import LayerState
 
@@ -337,16 +338,18 @@ def model_architecture(scenario: Scenario, classes: int | None) -> Architecture:
     config = model_config(source)
     architecture = Architecture.from_config(config, classes=classes, pooling=scenario.model.pooling)
     stage = scenario.training.stage
-    if architecture.family == "bert" and stage in ("instruction", "alignment"):
+    family = architecture.facts
+    if not family.causal and stage in ("instruction", "alignment"):
+        kinds = sorted(k for own in FAMILIES.values() if own.causal for k in own.model_types)
         raise ModelError(
-            "model.source must name a causal language model (llama, mistral, qwen2) for training.stage "
-            f"{stage!r}, got {scenario.model.source!r} of the family 'bert'"
+            f"model.source must name a causal language model ({', '.join(kinds)}) for training.stage "
+            f"{stage!r}, got {scenario.model.source!r} of the family {architecture.family!r}"
         )
-    names = tensor_names(source) if architecture.family == "bert" and classes is None else set()
-    if names and not any(name.startswith("cls.predictions.") for name in names):
+    names = tensor_names(source) if family.masked_head and classes is None else set()
+    if names and not any(name.startswith(family.masked_head) for name in names):
         raise ModelError(
             f"model.source must name an encoder with its head over the vocabulary for training.stage "
-            f"{stage!r}; {scenario.model.source!r} has none (no weights cls.predictions.*)"
+            f"{stage!r}; {scenario.model.source!r} has none (no weights {family.masked_head}*)"
         )
     return architecture
 

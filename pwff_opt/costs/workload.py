@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pwff_opt.errors import DecisionError
+from pwff_opt.registry import FAMILIES
 from pwff_opt.scenario import Scenario
 
 FloatArray = NDArray[np.float64]
@@ -135,7 +136,7 @@ def most_scored(length: int, family: str) -> int:
 
     A decoder all but the first; an encoder those that were masked (:func:`masked`).
     """
-    return masked(length) if family == "bert" else length - 1
+    return length - 1 if FAMILIES[family].causal else masked(length)
 
 
 def masked(candidates: int) -> int:
@@ -151,7 +152,7 @@ def attention_span(scenario: Scenario, family: str) -> int | None:
     window, sinks = scenario.model.attention_window, scenario.model.attention_sinks
     if not window:
         return None
-    return (window if family == "llama" else 2 * window - 1) + sinks
+    return (window if FAMILIES[family].causal else 2 * window - 1) + sinks
 
 
 def samples(scenario: Scenario) -> bool:

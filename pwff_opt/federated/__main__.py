@@ -13,9 +13,9 @@ from transformers import BertConfig, BertModel
 
 from pwff_opt.federated.model.attention import Around
 from pwff_opt.federated.model.bottleneck import Bottleneck, adapted
-from pwff_opt.federated.model.families import BertLayer
 from pwff_opt.federated.model.low_rank import LowRank
 from pwff_opt.federated.text.tokens import Packed, Tokens
+from pwff_opt.registry import FAMILIES
 from pwff_solvers.compiled import transformer as kernels
 from pwff_solvers.compiled.lanes import LANES
 
@@ -41,7 +41,7 @@ def main() -> None:
     update = LowRank(start=0, stop=8, scale=1.0, a=a, b=b)
     adapter = Bottleneck(0, 8, a, torch.zeros(1), b, torch.zeros(LANES))
     for dtype in (torch.float32, torch.bfloat16):
-        layer = BertLayer(model.encoder.layer[0], config, dtype)
+        layer = FAMILIES["bert"].layer(model.encoder.layer[0], config, dtype)
         x = torch.zeros(8, LANES, requires_grad=True)
         adapted(layer.run(x, around, {"query": [[update]]}), [adapter]).sum().backward()
     print(f"trainer: ready after {time.perf_counter() - start:.0f} s")

@@ -1,8 +1,10 @@
-"""Tensors of one BERT layer in the order torch makes and releases them, eager attention."""
+"""Tensors of BERT in the order torch makes and releases them, eager attention."""
 
 from __future__ import annotations
 
+from pwff_opt.costs.architecture import Architecture
 from pwff_opt.costs.ledger import (
+    BYTE,
     Ledger,
     Mode,
     Sizes,
@@ -13,6 +15,89 @@ from pwff_opt.costs.ledger import (
     scores_backward,
     scores_forward,
 )
+from pwff_opt.costs.memory import Batch
+
+
+def buffers_byte(architecture: Architecture) -> int:
+    """Return the bytes of position and token type numbers (64-bit)."""
+    return 2 * 8 * architecture.positions
+
+
+def embed_forward(ledger: Ledger, architecture: Architecture, batch: Batch) -> None:
+    """Allocate what the embeddings make beside their sum, which is there already."""
+    s, rows = batch.sizes, BYTE * batch.length * architecture.hidden
+    ledger.take(s.hidden, s.hidden)  # token types, sum
+    ledger.take(rows, s.hidden)  # positions, sum; the norm replaces the first sum
+    ledger.give(s.hidden, s.hidden, s.hidden, rows)
+
+
+def holds_embeddings(lowest: Mode) -> bool:
+    """Return whether the embeddings are tensors of their own until all layers are done."""
+    return not lowest.keeps_lora_input
+
+
+def top_forward(ledger: Ledger, s: Sizes, trains: bool) -> None:
+    """Do nothing: no norm follows the layers."""
+
+
+def top_backward(ledger: Ledger, s: Sizes) -> None:
+    """Do nothing: no norm follows the layers."""
+
+
+def language_forward(ledger: Ledger, batch: Batch, trains: bool) -> None:
+    """Make logits of the scored tokens' hidden states, which stay alive."""
+    ledger.take(batch.scored_hidden)  # dense layer, kept for the GELU
+    ledger.take(batch.scored_hidden)  # GELU, kept for the norm
+    ledger.take(batch.scored_hidden, batch.moments)  # norm
+    if not trains:
+        ledger.give(2 * batch.scored_hidden, batch.moments)
+    ledger.take(batch.logits)
+    ledger.give(batch.scored_hidden)  # norm; the frozen head does not need it
+
+
+def language_backward(ledger: Ledger, batch: Batch) -> None:
+    """Turn the gradient of what the head over the vocabulary saw into that of the hidden states."""
+    ledger.swap(batch.scored_hidden)  # through the norm
+    ledger.free(batch.scored_hidden, batch.moments)  # GELU
+    ledger.swap(batch.scored_hidden)  # through the GELU
+    ledger.free(batch.scored_hidden)  # dense
+    ledger.swap(batch.scored_hidden)  # through the dense layer
+
+
+def classifier_forward(
+    ledger: Ledger, architecture: Architecture, batch: Batch, trains: bool
+) -> None:
+    """Make the classes' scores of the last hidden state, by a pooler or the mean."""
+    pooled = BYTE * batch.sequences * architecture.hidden
+    if architecture.pooling == "mean":
+        ledger.take(batch.sizes.token)  # weights of the mean
+    # Pooler or mean; its tanh or norm, kept for the gradients of that and of the head.
+    ledger.take(pooled, pooled)
+    if architecture.pooling == "model" or not trains:
+        ledger.give(pooled)
+    ledger.give(batch.sizes.hidden)  # last hidden state
+    ledger.take(BYTE * batch.sequences * architecture.classes)
+
+
+def classifier_backward(
+    ledger: Ledger, architecture: Architecture, batch: Batch, trains: bool, parameters: int
+) -> None:
+    """Leave alive the gradients of the head, of ``parameters`` bytes, and of the last layer's output."""
+    pooled = BYTE * batch.sequences * architecture.hidden
+    ledger.take(parameters)
+    if trains:
+        ledger.take(pooled, pooled)  # gradient of the pooled output, through tanh or norm
+        ledger.give(pooled)
+        if architecture.pooling == "mean":
+            ledger.give(pooled)  # input of the norm
+    ledger.give(pooled)  # tanh or norm
+    if trains:
+        if architecture.pooling == "model":
+            ledger.swap(pooled)  # through the pooler
+        ledger.take(batch.sizes.hidden)  # zeros but for the first token, or a share for each
+        ledger.give(pooled)
+    if architecture.pooling == "mean":
+        ledger.give(batch.sizes.token)
 
 
 def layer_forward(ledger: Ledger, s: Sizes, m: Mode) -> None:

@@ -1,8 +1,10 @@
-"""Tensors of one Llama layer in the order torch makes and releases them, eager attention."""
+"""Tensors of Llama in the order torch makes and releases them, eager attention."""
 
 from __future__ import annotations
 
+from pwff_opt.costs.architecture import Architecture
 from pwff_opt.costs.ledger import (
+    BYTE,
     Ledger,
     Mode,
     Sizes,
@@ -13,6 +15,66 @@ from pwff_opt.costs.ledger import (
     scores_backward,
     scores_forward,
 )
+from pwff_opt.costs.memory import Batch
+
+
+def buffers_byte(architecture: Architecture) -> int:
+    """Return the bytes of rotary frequencies, two copies."""
+    return 2 * BYTE * (architecture.head_dim // 2)
+
+
+def embed_forward(ledger: Ledger, architecture: Architecture, batch: Batch) -> None:
+    """Allocate the rotations of all positions."""
+    ledger.take(2 * BYTE * batch.length * architecture.head_dim)  # cosines, sines
+
+
+def holds_embeddings(lowest: Mode) -> bool:
+    """Return true: the embeddings are tensors of their own until all layers are done."""
+    return True
+
+
+def top_forward(ledger: Ledger, s: Sizes, trains: bool) -> None:
+    """Pass through the last norm, whose input is kept for its gradient."""
+    norm_forward(ledger, s, kept=trains)
+    if not trains:
+        ledger.give(s.hidden)  # input of the norm
+
+
+def top_backward(ledger: Ledger, s: Sizes) -> None:
+    """Pass the gradient through the last norm."""
+    norm_backward(ledger, s, residual=False)
+
+
+def language_forward(ledger: Ledger, batch: Batch, trains: bool) -> None:
+    """Make logits of the scored tokens' hidden states, which stay alive."""
+    ledger.take(batch.logits)
+
+
+def language_backward(ledger: Ledger, batch: Batch) -> None:
+    """Do nothing: the head over the vocabulary sees the hidden states as they are."""
+
+
+def classifier_forward(
+    ledger: Ledger, architecture: Architecture, batch: Batch, trains: bool
+) -> None:
+    """Make the classes' scores of every token."""
+    logits = batch.sizes.token * architecture.classes
+    ledger.take(logits)  # the last hidden state stays for the head
+    ledger.give(logits)
+
+
+def classifier_backward(
+    ledger: Ledger, architecture: Architecture, batch: Batch, trains: bool, parameters: int
+) -> None:
+    """Leave alive the gradients of the head, of ``parameters`` bytes, and of the last layer's output."""
+    s = batch.sizes
+    logits = s.token * architecture.classes
+    ledger.take(logits, parameters)
+    if trains:
+        ledger.take(s.hidden)
+    ledger.give(logits, s.hidden)  # last hidden state
+    if trains:
+        norm_backward(ledger, s, residual=False)
 
 
 def layer_forward(ledger: Ledger, s: Sizes, m: Mode) -> None:

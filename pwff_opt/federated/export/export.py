@@ -27,7 +27,7 @@ from pwff_opt.federated.model.backbone import (
     lora_config,
 )
 from pwff_opt.federated.model.blocks import Tensors, lora_scale
-from pwff_opt.federated.model.families import HEADS
+from pwff_opt.registry import FAMILIES
 from pwff_opt.scenario import Peft
 
 LORA = "lora"
@@ -125,8 +125,10 @@ def _with_lora(
     ranks = {name: len(a) for name, (a, _) in factors.items()}
     rank = max(ranks.values(), default=1)
     others = {_pattern(name): r for name, r in ranks.items() if r != rank}
-    head = HEADS[family]
-    task = TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM if family == "llama" else None
+    head = FAMILIES[family].head
+    task = (
+        TaskType.SEQ_CLS if classifies else TaskType.CAUSAL_LM if FAMILIES[family].causal else None
+    )
     config = lora_config(
         family,
         rank,

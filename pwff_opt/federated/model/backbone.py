@@ -19,16 +19,18 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from pwff_opt.costs.architecture import family_of
 from pwff_opt.data.models import model_config
 from pwff_opt.errors import ModelError
-from pwff_opt.federated.model.adapters import pool_by_mean, transformer_layers
+from pwff_opt.federated.model.adapters import transformer_layers
 from pwff_opt.federated.model.attention import Around, Window
 from pwff_opt.federated.model.blocks import Tensors
 from pwff_opt.federated.model.bottleneck import Bottleneck, adapted
-from pwff_opt.federated.model.families import HEADS, LAYERS, LORA_TARGETS, Ends, fused
+from pwff_opt.federated.model.layers import Ends, Layer, fused
 from pwff_opt.federated.model.low_rank import LowRank, Updates, joined
 from pwff_opt.federated.model.products import Frozen, filled
 from pwff_opt.federated.text.tokens import Packed
+from pwff_opt.registry import FAMILIES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -126,7 +128,7 @@ class Backbone:
     Parameters
     ----------
     source : folder with a Hugging Face model (safetensors) or a hub name.
-    family : "bert" or "llama", as the cost model names it.
+    family : name of the model's family (:data:`pwff_opt.registry.FAMILIES`).
     classes : number of labels, for which devices bring heads; None: the model's own head over its
         vocabulary.
     pooling : "model" or "mean", what the head sees.
@@ -148,32 +150,32 @@ class Backbone:
         dtype: str = "float32",
         device: torch.device | str | None = None,
     ) -> None:
+        own = FAMILIES[family]
         model = (
             load_language_model(source)
             if classes is None
             else load_classifier(source, classes=classes)
         )
         if classes is not None and pooling == "mean":
-            pool_by_mean(model)
+            own.pool_by_mean(model)
         self.source, self.family, self.pooling = source, family, pooling
         self.device = torch.device(device or default_device())
         self.dtype = DTYPES[dtype]
         model = model.eval().requires_grad_(False)  # no dropout: below the blocks all is constant
         owner, attribute = transformer_layers(model)
         model.to(self.device)
-        self.layers = [
-            LAYERS[family](layer, model.config, self.dtype) for layer in getattr(owner, attribute)
+        self.layers: list[Layer] = [
+            own.layer(layer, model.config, self.dtype) for layer in getattr(owner, attribute)
         ]
         setattr(owner, attribute, nn.ModuleList())  # their weights are held by self.layers now
-        self.ends = Ends(model, family, pooling, max_tokens=max_tokens, window=window)
+        self.ends: Ends = own.ends(model, pooling, max_tokens=max_tokens, window=window)
         self.hidden = int(model.config.hidden_size)
         self.head_shapes: dict[str, tuple[int, ...]] = {}
         self._vocabulary: Frozen | None = None
         if classes is None:
             self._vocabulary = fused({"": model.get_output_embeddings()}, self.dtype)
         else:
-            head: nn.Module = getattr(model, HEADS[family])
-            self.head_shapes = {name: tuple(value.shape) for name, value in head.named_parameters()}
+            self.head_shapes = own.head_shapes(model)
         self._changed: dict[int, tuple[Tensors, Any]] = {}
         self._lock = threading.Lock()
 
@@ -184,7 +186,7 @@ class Backbone:
     def lora_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
         """Return (inputs, outputs) of every projection of a layer that carries a LoRA."""
         widths = self.layers[layer].widths
-        return {name: (self.hidden, widths[name]) for name in LORA_TARGETS[self.family]}
+        return {name: (self.hidden, widths[name]) for name in FAMILIES[self.family].lora_targets}
 
     def embed(self, packed: Packed) -> Start:
         """Return the start below all layers."""
@@ -222,7 +224,7 @@ class Backbone:
                 x = layer.run(
                     x,
                     around,
-                    stack.low_rank(number, LORA_TARGETS[self.family], counts),
+                    stack.low_rank(number, FAMILIES[self.family].lora_targets, counts),
                     project=self._projection(number, deltas) if deltas else None,
                     projected=start.projected if known and not deltas else None,
                 )
@@ -268,7 +270,7 @@ def lora_config(family: str, rank: int, lora_scale: float, **more: Any) -> LoraC
     return LoraConfig(
         r=rank,
         lora_alpha=lora_scale * rank,  # peft only ever divides it by r
-        target_modules=list(LORA_TARGETS[family]),
+        target_modules=list(FAMILIES[family].lora_targets),
         **more,
     )
 
@@ -287,15 +289,15 @@ def load_classifier(source: str, *, classes: int) -> Any:
 
 
 def load_language_model(source: str) -> Any:
-    """Load a language model, masked (bert) or causal (llama), as :func:`load_classifier` does.
+    """Load a language model, an encoder's or a decoder's, as :func:`load_classifier` does.
 
     Raises
     ------
     ModelError
         It cannot be loaded, or lacks weights, of its head say: they would be drawn, and never trained.
     """
-    masked = model_config(source).get("model_type") == "bert"
-    kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    causal = FAMILIES[family_of(model_config(source))].causal
+    kind = AutoModelForCausalLM if causal else AutoModelForMaskedLM
     model, missing = _loaded(kind, source)
     if missing:
         raise ModelError(

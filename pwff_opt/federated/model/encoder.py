@@ -1,6 +1,6 @@
 """A layer of an encoder in one piece: products by a library, all between them by loops of our own.
 
-The same arithmetic as :class:`pwff_opt.federated.model.families.BertLayer` writes out in torch, with
+The same arithmetic as :class:`pwff_opt.families.bert.layers.BertLayer` writes out in torch, with
 its gradient by hand.  There, at the tens of tokens of a sentence, up to half of the time goes into
 moving numbers between products, and into torch's own work around every operation.
 """
@@ -118,7 +118,7 @@ class Encoder:
         project: Frozen | None,
         projected: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return the layer's output; see :meth:`pwff_opt.federated.model.families.Layer.run`.
+        """Return the layer's output; see :meth:`pwff_opt.federated.model.layers.Layer.run`.
 
         updates : of queries, keys and values.
         """

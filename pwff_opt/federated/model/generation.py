@@ -38,7 +38,7 @@ def generate(
 
     Parameters
     ----------
-    backbone : with a head over its vocabulary, of the llama family.
+    backbone : with a head over its vocabulary, of a family that is causal.
     stack : blocks of the devices.
     prompts, batches : sequences, and which of them each device answers.
     longest : most tokens of an answer.

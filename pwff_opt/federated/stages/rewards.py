@@ -40,6 +40,7 @@ from pwff_opt.federated.model.workers import one_thread_each
 from pwff_opt.federated.stages.stage import Loss, Plain
 from pwff_opt.federated.text.tokens import Indices, Tokens, by_length
 from pwff_opt.federated.training.cohort import Cohort
+from pwff_opt.registry import FAMILIES
 from pwff_opt.rng import stream
 from pwff_opt.runs.identity import REWARDS_VERSION
 from pwff_opt.runs.records import write_atomically
@@ -169,7 +170,7 @@ class Reader:
 
     def __init__(self, source: str, *, dtype: str = "float32") -> None:
         family = Architecture.from_config(model_config(source), classes=1).family
-        pooling = "mean" if family == "bert" else "model"
+        pooling = "mean" if "mean" in FAMILIES[family].poolings else "model"
         self._limit = min(
             MAX_TOKENS, model_config(source).get("max_position_embeddings", MAX_TOKENS)
         )

@@ -37,6 +37,7 @@ from pwff_opt.federated.text.encoding import (
     encode_texts,
 )
 from pwff_opt.federated.text.tokens import Indices, Tokens, tokenise
+from pwff_opt.registry import FAMILIES
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.files import resolved
@@ -136,7 +137,7 @@ def _pretraining(scenario: Scenario, _: int | None) -> Material:
     backbone = _backbone(scenario, source, classes=None)
     texts = [corpus.texts[index] for index in used]
     how: dict[str, Any] = {"max_tokens": scenario.model.max_tokens, "pad_id": pad_id}
-    if backbone.family == "bert":
+    if not FAMILIES[backbone.family].causal:
         found = encode_masked(texts, tokenizer, seed=scenario.seeds.data, **how)
         stage: Language = Masked(backbone, found.tokens, found.targets)
         notes = _cuts(scenario, len(texts), 0, found.texts_cut)

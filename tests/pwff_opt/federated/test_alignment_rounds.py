@@ -30,8 +30,8 @@ from pwff_opt.errors import ModelError
 from pwff_opt.federated.exchange.exchange import Exchange
 from pwff_opt.federated.model import products
 from pwff_opt.federated.model.backbone import Backbone, Stack
-from pwff_opt.federated.model.families import Ends
 from pwff_opt.federated.model.features import Features, Level
+from pwff_opt.federated.model.layers import Ends
 from pwff_opt.federated.model.passes import Passes
 from pwff_opt.federated.model.workers import one_thread_each
 from pwff_opt.federated.stages import alignment as aligning

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pwff_opt.federated.model.backbone import Backbone
-from pwff_opt.federated.model.families import fused
+from pwff_opt.federated.model.layers import fused
 from pwff_opt.federated.model.products import Frozen
 
 HERE = Path(__file__).parent

@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional
 from transformers import BertConfig, BertModel
 
+from pwff_opt.families.bert.layers import BertLayer
 from pwff_opt.federated.model import memory
 from pwff_opt.federated.model.adapters import BottleneckAdapter
 from pwff_opt.federated.model.attention import Around
 from pwff_opt.federated.model.bottleneck import Bottleneck, adapted
 from pwff_opt.federated.model.encoder import AddNorm
-from pwff_opt.federated.model.families import BertLayer
 from pwff_opt.federated.model.low_rank import LowRank, Updates
 from pwff_opt.federated.model.products import filled
 from pwff_opt.federated.text.tokens import Packed, Tokens
