@@ -3,7 +3,6 @@
 from pwff_opt.scenario.tables import (
     AVERAGING,
     LARGEST_INTEGER,
-    SOURCES,
     Aggregation,
     Alignment,
     Cell,
@@ -22,7 +21,6 @@ from pwff_opt.scenario.tables import (
     Search,
     Seeds,
     Share,
-    StageName,
     Thresholds,
     Training,
     UploadDtype,
@@ -34,7 +32,6 @@ from pwff_opt.scenario.tables import (
 __all__ = [
     "AVERAGING",
     "LARGEST_INTEGER",
-    "SOURCES",
     "Aggregation",
     "Alignment",
     "Cell",
@@ -53,7 +50,6 @@ __all__ = [
     "Search",
     "Seeds",
     "Share",
-    "StageName",
     "Thresholds",
     "Training",
     "UploadDtype",
