@@ -23,6 +23,7 @@ from typing import Any, Literal
 from pwff_opt.costs import Architecture
 from pwff_opt.data.models import model_config, model_source
 from pwff_opt.errors import DecisionError
+from pwff_opt.registry import STAGES
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import LayerState, RoundDecision, Schedule
 
@@ -158,7 +159,7 @@ def apply(scenario: Scenario, method: Method | str) -> Scenario:
         If there is no method of that name, or it aligns and the scenario's stage is another.
     """
     method = named(method)
-    if method.alignment and scenario.training.stage != "alignment":
+    if method.alignment and not STAGES[scenario.training.stage].aligns:
         raise DecisionError(
             f"training.stage must be 'alignment' for a method that aligns ({method.text}), got "
             f"{scenario.training.stage!r}"

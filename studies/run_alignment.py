@@ -23,7 +23,7 @@ whatever the variant; ``preferred_AXIS``, the probability
 that someone who cares for this axis alone prefers it; ``liking``, the same for the device's own user, and
 ``liking_of_others``, for a user of the opposite weights; ``perplexity`` on pages of the web that nothing was
 trained on (what was forgotten).  Means of the rounds: ``conflict``, ``stationarity`` (see
-``pwff_opt.federated.training.reconcile``), ``loss_spread``, the standard deviation of the loss between
+``pwff_opt.federated.learning.reconcile``), ``loss_spread``, the standard deviation of the loss between
 devices; and ``weight_unrest``, the standard deviation over rounds of what the gradient of helpfulness weighs.
 Costs are those of the least-energy plan within a deadline common to all variants, 1.5 times the longest of
 their shortest delays.
@@ -54,10 +54,10 @@ from pwff_opt import Planner, Scenario, Schedule, methods, read_scenario
 from pwff_opt.data.conversations import AXES, general_texts
 from pwff_opt.data.packages import fetch
 from pwff_opt.errors import PwffError
+from pwff_opt.federated.learning import Causal
 from pwff_opt.federated.model.backbone import NOTHING
 from pwff_opt.federated.model.passes import Passes
 from pwff_opt.federated.model.workers import Workers, one_thread_each
-from pwff_opt.federated.stages import Causal
 from pwff_opt.federated.text.encoding import encode_texts
 from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.runs.identity import learning_key

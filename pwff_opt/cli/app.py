@@ -26,6 +26,7 @@ from pwff_opt.errors import DataError, PwffError, RunError, ScenarioError
 from pwff_opt.front.front import Front, Progress, pareto_front
 from pwff_opt.planning.feasibility import check_ranks
 from pwff_opt.planning.planner import Planner
+from pwff_opt.registry import STAGES
 from pwff_opt.report.figures import front_figure, segments
 from pwff_opt.runs.records import Journal, Past, RunFolder
 from pwff_opt.scenario import Scenario
@@ -190,7 +191,7 @@ def scenario_check(scenario: ScenarioArgument) -> None:
     """Check a scenario file, then its data and model against it; everything wrong is said at once."""
     checked = read_scenario(scenario)
     problems, told = [], f"data {checked.data.source!r}"
-    classes = 2 if checked.training.stage == "classification" else None
+    classes = 2 if STAGES[checked.training.stage].classifies else None
     try:
         if checked.data.source != "hub":  # a check fetches no data
             told, classes = _dealt(checked)
@@ -243,36 +244,14 @@ def main() -> None:
 
 def _dealt(scenario: Scenario) -> tuple[str, int | None]:
     """Deal the data out as a training does; return what they are, and how many classes they have."""
-    from pwff_opt.data.conversations import load_demonstrations, load_preferences
-    from pwff_opt.data.corpora import load_corpus, load_texts
-    from pwff_opt.data.partition import partition, partition_preferences
     from pwff_opt.data.tables import read_table
 
-    data, folder, stage = scenario.data, Path(scenario.folder), scenario.training.stage
-    devices, seed = len(scenario.devices), scenario.seeds.data
+    data = scenario.data
     source = f"data {data.source!r}"
     if data.source == "file":
-        source = f"{len(read_table(data, folder=folder))} rows of {data.path!r}"
-    if stage == "alignment":
-        preferences = load_preferences(data, folder=folder)
-        share = scenario.alignment.reward_share
-        partition_preferences(preferences, data, reward_share=share, devices=devices, seed=seed)
-        return f"{len(preferences)} pairs out of {source}", None
-    load = {"instruction": load_demonstrations, "pretraining": load_texts}.get(stage, load_corpus)
-    corpus = load(data, folder=folder)
-    told = f"{len(corpus)} different texts out of {source}, of {len(corpus.domain_names)} domain(s)"
-    classes = len(corpus.class_names) if stage == "classification" else None
-    if classes is not None:
-        told += f" and {classes} classes ({_listed(corpus.class_names)})"
-    try:
-        partition(corpus, data, devices=devices, seed=seed)
-    except DataError as error:
-        raise DataError(f"{error}; there are {told}") from error
-    return told, classes
-
-
-def _listed(names: tuple[str, ...], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+        source = f"{len(read_table(data, folder=Path(scenario.folder)))} rows of {data.path!r}"
+    dealt: tuple[str, int | None] = STAGES[scenario.training.stage].dealt(scenario, source)
+    return dealt
 
 
 # -- train ----------------------------------------------------------------------------------------
@@ -282,7 +261,7 @@ def _prepared(
     run: RunFolder, scenario: Scenario, reporter: _Reporter
 ) -> tuple[FederatedEvaluator, Journal]:
     """Return the trainer, its model and data loaded, and the journal of what it has trained."""
-    if scenario.training.stage == "alignment":
+    if STAGES[scenario.training.stage].aligns:
         console.print(
             "reward models that the cache does not have are trained first: a minute or two"
         )

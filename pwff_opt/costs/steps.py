@@ -29,7 +29,7 @@ from pwff_opt.costs.workload import (
 )
 from pwff_opt.data.models import model_config, model_source, tensor_names
 from pwff_opt.errors import DecisionError, ModelError
-from pwff_opt.registry import FAMILIES
+from pwff_opt.registry import FAMILIES, STAGES
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import LayerState
 
@@ -282,47 +282,61 @@ def local_step(scenario: Scenario, workload: Workload) -> LocalStep:
     ModelError
         The model cannot be read, or its family does not fit the stage.
     """
-    training, alignment = scenario.training, scenario.alignment
-    classifies = training.stage == "classification"
+    step: LocalStep = STAGES[scenario.training.stage].local_step(scenario, workload)
+    return step
+
+
+def supervised_step(scenario: Scenario, workload: Workload) -> Supervised:
+    """Return what a step on given examples takes; errors: :func:`local_step`."""
+    classifies = STAGES[scenario.training.stage].classifies
     architecture = model_architecture(scenario, _classes(workload) if classifies else None)
-    batch, length = training.batch_size, longest_sequence(scenario)
-    span = attention_span(scenario, architecture.family)
-    if samples(scenario):
-        sequences, answer = batch * alignment.answers, alignment.answer_tokens
-        prompts = _count(workload, sequences, scenario)
-        policy = Supervised(
-            architecture=architecture,
-            count=prompts.answered(answer).within(span),
-            sequences=sequences,
-            length=length,
-            scored=sequences * answer,
-        )
-        return Sampling(
-            policy=policy,
-            rewards=_rewards(scenario, workload, read=2 * sequences),
-            sampled=prompts.sampling(answer).within(span),
-            answer=answer,
-            updates=alignment.updates,
-            backwards=1 if alignment.reconcile == "weighted" else 2,
-        )
+    batch, length = scenario.training.batch_size, longest_sequence(scenario)
     sequences = batch * sequences_per_example(scenario)
     most = 0 if classifies else sequences * most_scored(length, architecture.family)
+    span = attention_span(scenario, architecture.family)
     count = _count(workload, batch, scenario).within(span)
     if not classifies:  # a workload that needs no data does not know that an encoder learns fewer
         count = replace(count, scored=np.minimum(count.scored, most))
-    policy = Supervised(
+    return Supervised(
         architecture=architecture,
         count=count,
         sequences=sequences,
         length=length,
         scored=most,
     )
-    if training.stage != "alignment":
-        return policy
-    margins = alignment.optimiser == "modpo"
+
+
+def preferences_step(scenario: Scenario, workload: Workload) -> Preferences:
+    """Return what a step on preference pairs takes (dpo, modpo); errors: :func:`local_step`."""
+    policy = supervised_step(scenario, workload)
+    margins = scenario.alignment.optimiser == "modpo"
     return Preferences(
         policy=policy,
-        rewards=_rewards(scenario, workload, read=sequences) if margins else None,
+        rewards=_rewards(scenario, workload, read=policy.sequences) if margins else None,
+    )
+
+
+def sampling_step(scenario: Scenario, workload: Workload) -> Sampling:
+    """Return what a step on sampled answers takes (grpo); errors: :func:`local_step`."""
+    training, alignment = scenario.training, scenario.alignment
+    architecture = model_architecture(scenario, None)
+    span = attention_span(scenario, architecture.family)
+    sequences, answer = training.batch_size * alignment.answers, alignment.answer_tokens
+    prompts = _count(workload, sequences, scenario)
+    policy = Supervised(
+        architecture=architecture,
+        count=prompts.answered(answer).within(span),
+        sequences=sequences,
+        length=longest_sequence(scenario),
+        scored=sequences * answer,
+    )
+    return Sampling(
+        policy=policy,
+        rewards=_rewards(scenario, workload, read=2 * sequences),
+        sampled=prompts.sampling(answer).within(span),
+        answer=answer,
+        updates=alignment.updates,
+        backwards=1 if alignment.reconcile == "weighted" else 2,
     )
 
 
@@ -339,7 +353,7 @@ def model_architecture(scenario: Scenario, classes: int | None) -> Architecture:
     architecture = Architecture.from_config(config, classes=classes, pooling=scenario.model.pooling)
     stage = scenario.training.stage
     family = architecture.facts
-    if not family.causal and stage in ("instruction", "alignment"):
+    if not family.causal and STAGES[stage].decoder:
         kinds = sorted(k for own in FAMILIES.values() if own.causal for k in own.model_types)
         raise ModelError(
             f"model.source must name a causal language model ({', '.join(kinds)}) for training.stage "
@@ -356,7 +370,7 @@ def model_architecture(scenario: Scenario, classes: int | None) -> Architecture:
 
 def _count(workload: Workload, examples: int, scenario: Scenario) -> TokenCount:
     """Return the expected count of a mini-batch of examples."""
-    scores = scenario.training.stage != "classification" and not samples(scenario)
+    scores = not STAGES[scenario.training.stage].classifies and not samples(scenario)
     return TokenCount(
         sequences=np.full(len(scenario.devices), float(examples * sequences_per_example(scenario))),
         tokens=examples * workload.mean_tokens,
@@ -392,7 +406,7 @@ def _given(workload: Workload, name: str, scenario: Scenario) -> FloatArray:
     values: FloatArray | None = getattr(workload, name)
     if values is None:
         stage = scenario.training.stage
-        optimiser = f" with optimiser {scenario.alignment.optimiser!r}" * (stage == "alignment")
+        optimiser = f" with optimiser {scenario.alignment.optimiser!r}" * STAGES[stage].aligns
         raise DecisionError(
             f"workload.{name} must be given for training.stage {stage!r}{optimiser}, got None"
         )

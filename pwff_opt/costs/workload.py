@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pwff_opt.errors import DecisionError
-from pwff_opt.registry import FAMILIES
+from pwff_opt.registry import FAMILIES, STAGES
 from pwff_opt.scenario import Scenario
 
 FloatArray = NDArray[np.float64]
@@ -122,8 +122,8 @@ class Workload:
 
 
 def sequences_per_example(scenario: Scenario) -> int:
-    """Return how many sequences an example is: two preference pairs are four."""
-    return 4 if _aligns(scenario) and not samples(scenario) else 1
+    """Return how many sequences an example of the scenario's stage is: two preference pairs are four."""
+    return int(STAGES[scenario.training.stage].sequences_per_example(scenario))
 
 
 def longest_sequence(scenario: Scenario) -> int:
@@ -157,8 +157,4 @@ def attention_span(scenario: Scenario, family: str) -> int | None:
 
 def samples(scenario: Scenario) -> bool:
     """Return whether devices sample answers to learn from them."""
-    return _aligns(scenario) and scenario.alignment.optimiser == "grpo"
-
-
-def _aligns(scenario: Scenario) -> bool:
-    return scenario.training.stage == "alignment"
+    return bool(STAGES[scenario.training.stage].samples(scenario))

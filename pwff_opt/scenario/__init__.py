@@ -2,7 +2,6 @@
 
 from pwff_opt.scenario.checks import LARGEST_INTEGER, field_problems, rules_of, value_problems
 from pwff_opt.scenario.tables import (
-    SOURCES,
     Aggregation,
     Alignment,
     Cell,
@@ -20,7 +19,6 @@ from pwff_opt.scenario.tables import (
     Search,
     Seeds,
     Share,
-    StageName,
     Thresholds,
     Training,
     UploadDtype,
@@ -28,7 +26,6 @@ from pwff_opt.scenario.tables import (
 
 __all__ = [
     "LARGEST_INTEGER",
-    "SOURCES",
     "Aggregation",
     "Alignment",
     "Cell",
@@ -46,7 +43,6 @@ __all__ = [
     "Search",
     "Seeds",
     "Share",
-    "StageName",
     "Thresholds",
     "Training",
     "UploadDtype",

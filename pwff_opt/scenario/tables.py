@@ -8,14 +8,14 @@ violations are reported together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from pwff_opt.errors import ScenarioError
-from pwff_opt.registry import ACCESS, CHANNELS, RULES
+from pwff_opt.registry import ACCESS, CHANNELS, RULES, STAGES
 from pwff_opt.scenario.checks import OneOf, field_problems
 
 Positive = Annotated[float, Gt(0)]
@@ -24,15 +24,6 @@ Count = Annotated[int, Gt(0)]
 Natural = Annotated[int, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 UploadDtype = Literal["float32", "float16", "int8"]
-StageName = Literal["classification", "pretraining", "instruction", "alignment"]
-_TEXTS = ("hutto", "reuters-r8", "20newsgroups", "file", "hub")
-SOURCES: Mapping[StageName, tuple[str, ...]] = {
-    "classification": _TEXTS,
-    "pretraining": _TEXTS,
-    "instruction": ("alpaca-demo", "file", "hub"),
-    "alignment": ("stereoset", "file", "hub"),
-}
-"""What a stage can learn from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +147,7 @@ class Peft:
 class Training:
     """What every device does in a round."""
 
-    stage: StageName = "classification"
+    stage: Annotated[str, OneOf(STAGES)] = "classification"
     """What is learned; see :mod:`pwff_opt.federated.stages`."""
     rounds: Count = 4
     validate_after: tuple[Count, ...] = ()
@@ -187,7 +178,7 @@ class Training:
 class Alignment:
     """How a device aligns its model to its user; only where ``training.stage`` is "alignment".
 
-    See :mod:`pwff_opt.federated.stages.alignment`. The drift from what is shared is held by
+    See :mod:`pwff_opt.federated.learning.alignment`. The drift from what is shared is held by
     ``aggregation.proximal``.
     """
 
@@ -349,11 +340,11 @@ class Scenario:
                     f"devices[{number}].frequency_min_hz must not exceed frequency_max_hz "
                     f"({device.frequency_max_hz:g}), got {device.frequency_min_hz:g}"
                 )
-        stage = self.training.stage
-        if self.data.source not in SOURCES[stage]:
+        stage = STAGES[self.training.stage]
+        if self.data.source not in stage.sources:
             yield (
-                f"data.source must be one of {', '.join(map(repr, SOURCES[stage]))} for training.stage "
-                f"{stage!r}, got {self.data.source!r}"
+                f"data.source must be one of {', '.join(map(repr, stage.sources))} for training.stage "
+                f"{self.training.stage!r}, got {self.data.source!r}"
             )
         if self.data.source in ("file", "hub") and not self.data.path:
             yield f"data.path must name the data for data.source {self.data.source!r}, got ''"
@@ -366,19 +357,12 @@ class Scenario:
                 f"got {self.training.local_steps} x {self.training.batch_size}"
             )
         trains = max(self.peft.adapter_width, self.peft.common_lora_rank, *self.decisions.ranks, 0)
-        if stage != "classification" and not trains:
+        if not stage.classifies and not trains:
             yield (
                 "peft.adapter_width, peft.common_lora_rank or a rank of decisions.ranks must be above 0 "
-                f"for training.stage {stage!r}, which has no head to train; got 0 everywhere"
+                f"for training.stage {self.training.stage!r}, which has no head to train; got 0 everywhere"
             )
-        if stage == "alignment" and self.alignment.optimiser == "modpo":
-            for number, device in enumerate(self.devices):
-                if not 0.0 < device.helpfulness < 1.0:
-                    yield (
-                        f"devices[{number}].helpfulness must be greater than 0 and less than 1 for "
-                        "alignment.optimiser 'modpo', which divides by the weights of both axes; got "
-                        f"{device.helpfulness:g}"
-                    )
+        yield from stage.problems(self)
         yield from self._aggregation_relations()
         for key, values in (
             ("decisions.ranks", self.decisions.ranks),

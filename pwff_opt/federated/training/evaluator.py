@@ -25,6 +25,7 @@ from pwff_opt.federated.training.material import Material, Summary
 from pwff_opt.federated.training.trainer import Trainer
 from pwff_opt.planning.demand import CostModel
 from pwff_opt.planning.feasibility import as_schedule, check_ranks, demanded
+from pwff_opt.registry import STAGES
 from pwff_opt.runs.identity import learning_key
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import Schedule
@@ -163,7 +164,7 @@ class FederatedEvaluator:
         if not 0 <= device < len(self.material.shards):
             raise DataError(f"device must be in 0..{len(self.material.shards) - 1}, got {device}")
         state, _ = self._trained(self._possible(schedule))
-        prompts = self.scenario.training.stage in ("instruction", "alignment")
+        prompts = STAGES[self.scenario.training.stage].prompts
         save_device_model(
             Path(folder),
             state.devices[device],

@@ -23,12 +23,12 @@ from pwff_opt.data.corpora import Corpus, load_corpus, load_texts
 from pwff_opt.data.models import data_folder, model_config, model_source
 from pwff_opt.data.partition import Shard, partition, partition_preferences
 from pwff_opt.errors import DataError
+from pwff_opt.federated.learning import Causal, Classification, Language, Masked, Stage
+from pwff_opt.federated.learning.alignment import Aligned, Dialogues
+from pwff_opt.federated.learning.rewards import Pairs, Reader, RewardModel
 from pwff_opt.federated.model.attention import Window
 from pwff_opt.federated.model.backbone import Backbone, pad_token_id
 from pwff_opt.federated.model.workers import Workers
-from pwff_opt.federated.stages import Causal, Classification, Language, Masked, Stage
-from pwff_opt.federated.stages.alignment import Aligned, Dialogues
-from pwff_opt.federated.stages.rewards import Pairs, Reader, RewardModel
 from pwff_opt.federated.text.encoding import (
     Encoded,
     encode_answers,
@@ -37,7 +37,7 @@ from pwff_opt.federated.text.encoding import (
     encode_texts,
 )
 from pwff_opt.federated.text.tokens import Indices, Tokens, tokenise
-from pwff_opt.registry import FAMILIES
+from pwff_opt.registry import FAMILIES, STAGES
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.files import resolved
@@ -97,13 +97,15 @@ class Material:
         """
         origin = _origin(scenario)
         if like is None or like.origin != origin:
-            return replace(_MAKERS[scenario.training.stage](scenario, workers), origin=origin)
+            made: Material = STAGES[scenario.training.stage].material(scenario, workers)
+            return replace(made, origin=origin)
         if isinstance(like.stage, Aligned):
             return replace(like, stage=like.stage.by(scenario))
         return like
 
 
-def _classification(scenario: Scenario, _: int | None) -> Material:
+def classification(scenario: Scenario, _: int | None) -> Material:
+    """Return the material of labelled texts; see :meth:`Material.of`."""
     corpus = load_corpus(scenario.data, folder=Path(scenario.folder))
     shards, used = _dealt(corpus, scenario)
     source, tokenizer, pad_id = _model(scenario)
@@ -130,7 +132,8 @@ def _classification(scenario: Scenario, _: int | None) -> Material:
     )
 
 
-def _pretraining(scenario: Scenario, _: int | None) -> Material:
+def pretraining(scenario: Scenario, _: int | None) -> Material:
+    """Return the material of texts; see :meth:`Material.of`."""
     corpus = load_texts(scenario.data, folder=Path(scenario.folder))
     shards, used = _dealt(corpus, scenario)
     source, tokenizer, pad_id = _model(scenario)
@@ -148,7 +151,8 @@ def _pretraining(scenario: Scenario, _: int | None) -> Material:
     return _language(scenario, source, stage, shards, corpus, "texts", notes)
 
 
-def _instruction(scenario: Scenario, _: int | None) -> Material:
+def instruction(scenario: Scenario, _: int | None) -> Material:
+    """Return the material of prompts with answers; see :meth:`Material.of`."""
     corpus = load_demonstrations(scenario.data, folder=Path(scenario.folder))
     shards, used = _dealt(corpus, scenario)
     source, tokenizer, pad_id = _model(scenario)
@@ -200,7 +204,8 @@ def _language(
     )
 
 
-def _alignment(scenario: Scenario, workers: int | None) -> Material:
+def alignment(scenario: Scenario, workers: int | None) -> Material:
+    """Return the material of preference pairs and reward models; see :meth:`Material.of`."""
     settings, devices = scenario.alignment, len(scenario.devices)
     preferences = load_preferences(scenario.data, folder=Path(scenario.folder))
     dealt = partition_preferences(
@@ -260,14 +265,6 @@ def _alignment(scenario: Scenario, workers: int | None) -> Material:
     )
 
 
-_MAKERS = {
-    "classification": _classification,
-    "pretraining": _pretraining,
-    "instruction": _instruction,
-    "alignment": _alignment,
-}
-
-
 def _origin(scenario: Scenario) -> str:
     """Return what a material is made from, but for what it leaves to be changed."""
     everything, alignment = resolved(scenario), scenario.alignment
@@ -277,7 +274,7 @@ def _origin(scenario: Scenario) -> str:
         "devices": len(scenario.devices),
         "seed": scenario.seeds.data,
     }
-    if scenario.training.stage == "alignment":
+    if STAGES[scenario.training.stage].aligns:
         made_from["rewards"] = [
             alignment.reward_share,
             alignment.reward_model,

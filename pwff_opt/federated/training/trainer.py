@@ -17,6 +17,8 @@ from pwff_opt.errors import DecisionError, TrainingError
 from pwff_opt.evaluation import TrainedRound
 from pwff_opt.federated.exchange.exchange import Exchange, State
 from pwff_opt.federated.exchange.rules import LoraRule
+from pwff_opt.federated.learning import Stage
+from pwff_opt.federated.learning.cohort import Cohort, Learned
 from pwff_opt.federated.model.backbone import Backbone, Stack
 from pwff_opt.federated.model.blocks import (
     Tensors,
@@ -29,9 +31,7 @@ from pwff_opt.federated.model.blocks import (
 from pwff_opt.federated.model.features import Features, Level
 from pwff_opt.federated.model.passes import CachedPasses, Passes
 from pwff_opt.federated.model.workers import Workers, companies
-from pwff_opt.federated.stages import Stage
 from pwff_opt.federated.text.tokens import Indices
-from pwff_opt.federated.training.cohort import Cohort, Learned
 from pwff_opt.planning.feasibility import check_ranks
 from pwff_opt.registry import RULES
 from pwff_opt.rng import stream

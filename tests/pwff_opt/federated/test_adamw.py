@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pwff_opt.federated.training.adamw import AdamW
+from pwff_opt.federated.learning.adamw import AdamW
 
 
 @pytest.mark.parametrize("sizes", [(40, 3), (40, 0), (0, 3), (0, 0)])

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from pwff_opt import evaluation
 from pwff_opt.federated.exchange.exchange import Exchange
+from pwff_opt.federated.learning.alignment import AXES, Dialogues, grouped
 from pwff_opt.federated.model.backbone import Stack
 from pwff_opt.federated.model.blocks import Tensors
 from pwff_opt.federated.model.passes import Passes
-from pwff_opt.federated.stages.alignment import AXES, Dialogues, grouped
 from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import Schedule
@@ -268,7 +268,7 @@ def test_a_step_makes_rewarded_answers_likelier(scenario: Scenario, made: Made) 
 
     def likelihood() -> torch.Tensor:
         """Return the mean log-probability of answers, weighed by how good they are."""
-        from pwff_opt.federated.stages.language import Scored
+        from pwff_opt.federated.learning.language import Scored
 
         with torch.no_grad():
             packed, hidden = passes.own(lesson.tokens, ready)

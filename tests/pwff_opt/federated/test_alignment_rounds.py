@@ -28,15 +28,15 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 
 from pwff_opt.errors import ModelError
 from pwff_opt.federated.exchange.exchange import Exchange
+from pwff_opt.federated.learning import alignment as aligning
+from pwff_opt.federated.learning.alignment import Aligned
+from pwff_opt.federated.learning.rewards import Pairs, Reader, RewardModel
 from pwff_opt.federated.model import products
 from pwff_opt.federated.model.backbone import Backbone, Stack
 from pwff_opt.federated.model.features import Features, Level
 from pwff_opt.federated.model.layers import Ends
 from pwff_opt.federated.model.passes import Passes
 from pwff_opt.federated.model.workers import one_thread_each
-from pwff_opt.federated.stages import alignment as aligning
-from pwff_opt.federated.stages.alignment import Aligned
-from pwff_opt.federated.stages.rewards import Pairs, Reader, RewardModel
 from pwff_opt.federated.text.tokens import Tokens
 from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.planning.demand import CostModel

@@ -10,10 +10,10 @@ import torch
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pwff_opt.federated.learning.language import Scored
 from pwff_opt.federated.model.backbone import NOTHING, Backbone, Stack
 from pwff_opt.federated.model.blocks import Tensors, fresh_adapter, fresh_lora
 from pwff_opt.federated.model.generation import generate
-from pwff_opt.federated.stages.language import Scored
 from pwff_opt.federated.text.tokens import Packed, Tokens
 
 STOP = 7

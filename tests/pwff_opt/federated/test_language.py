@@ -26,10 +26,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import pwff_opt.federated.export.peft_bottleneck  # noqa: F401  (peft then knows bottleneck adapters)
 from pwff_opt.errors import DataError
+from pwff_opt.federated.learning import Causal
 from pwff_opt.federated.model.backbone import Backbone, Stack
 from pwff_opt.federated.model.generation import generate
 from pwff_opt.federated.model.passes import Passes
-from pwff_opt.federated.stages import Causal
 from pwff_opt.federated.text.tokens import Indices, Packed, Tokens
 from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.planning.demand import CostModel

@@ -22,8 +22,8 @@ from pwff_opt import Planner, Workload
 from pwff_opt.costs import masked
 from pwff_opt.data.models import model_source
 from pwff_opt.errors import ModelError
+from pwff_opt.federated.learning import Masked
 from pwff_opt.federated.model.backbone import load_language_model
-from pwff_opt.federated.stages import Masked
 from pwff_opt.federated.text.encoding import MaskedTexts, encode_masked
 from pwff_opt.federated.text.tokens import tokenise
 from pwff_opt.federated.training.evaluator import FederatedEvaluator

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pwff_opt.federated.training.reconcile import conflict, gram, stationarity, weights
+from pwff_opt.federated.learning.reconcile import conflict, gram, stationarity, weights
 
 
 def products(gradients: torch.Tensor) -> torch.Tensor:

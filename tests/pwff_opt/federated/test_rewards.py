@@ -11,7 +11,7 @@ import torch
 from scipy.special import expit
 
 from pwff_opt.data.models import model_source
-from pwff_opt.federated.stages.rewards import (
+from pwff_opt.federated.learning.rewards import (
     Pairs,
     Reader,
     RewardModel,

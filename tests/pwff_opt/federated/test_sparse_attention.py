@@ -28,10 +28,10 @@ from pwff_opt import Workload
 from pwff_opt.costs import Architecture, Blocks, TokenCount, attention_span, local_step, step_flops
 from pwff_opt.data.models import model_source
 from pwff_opt.federated.export.export import load_device_model
+from pwff_opt.federated.learning import Causal
 from pwff_opt.federated.model.attention import Around, Window
 from pwff_opt.federated.model.backbone import NOTHING, Backbone
 from pwff_opt.federated.model.generation import generate
-from pwff_opt.federated.stages import Causal
 from pwff_opt.federated.text.tokens import Packed, Tokens
 from pwff_opt.federated.training.evaluator import FederatedEvaluator
 from pwff_opt.scenario import Alignment, Scenario

@@ -33,13 +33,13 @@ from transformers import AutoTokenizer
 from pwff_opt.costs import Architecture
 from pwff_opt.data.models import model_config
 from pwff_opt.errors import ModelError
+from pwff_opt.federated.learning.cohort import Cohort
+from pwff_opt.federated.learning.stage import Loss, Plain
 from pwff_opt.federated.model.backbone import Backbone, Stack, pad_token_id
 from pwff_opt.federated.model.blocks import Tensors, fresh_adapter, fresh_head, fresh_lora
 from pwff_opt.federated.model.passes import Passes
 from pwff_opt.federated.model.workers import one_thread_each
-from pwff_opt.federated.stages.stage import Loss, Plain
 from pwff_opt.federated.text.tokens import Indices, Tokens, by_length
-from pwff_opt.federated.training.cohort import Cohort
 from pwff_opt.registry import FAMILIES
 from pwff_opt.rng import stream
 from pwff_opt.runs.identity import REWARDS_VERSION

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from pwff_opt.federated.learning.stage import Loss, Plain
 from pwff_opt.federated.model.backbone import Backbone
 from pwff_opt.federated.model.passes import Passes
-from pwff_opt.federated.stages.stage import Loss, Plain
 from pwff_opt.federated.text.tokens import Indices, Packed, Tokens, by_length
 
 

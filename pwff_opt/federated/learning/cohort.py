@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from pwff_opt.errors import TrainingError
+from pwff_opt.federated.learning import Lesson, Stage
+from pwff_opt.federated.learning.adamw import AdamW
+from pwff_opt.federated.learning.reconcile import conflict, gram, stationarity, weights
 from pwff_opt.federated.model.backbone import Backbone, Stack
 from pwff_opt.federated.model.blocks import Tensors, layer_of
 from pwff_opt.federated.model.passes import Passes
 from pwff_opt.federated.model.workers import go_on, out_of_memory
-from pwff_opt.federated.stages import Lesson, Stage
 from pwff_opt.federated.text.tokens import Indices
-from pwff_opt.federated.training.adamw import AdamW
-from pwff_opt.federated.training.reconcile import conflict, gram, stationarity, weights
 from pwff_opt.scenario import Training
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Learned:
     """Those that were trained."""
     notes: dict[str, float]
     """Of several objectives, means over the steps: "conflict", "stationarity" (see
-    :mod:`pwff_opt.federated.training.reconcile`), and "weight", that of the first gradient."""
+    :mod:`pwff_opt.federated.learning.reconcile`), and "weight", that of the first gradient."""
 
 
 class Cohort:
@@ -51,8 +51,8 @@ class Cohort:
     backbone, stage
     blocks : every device's blocks at the start of the round.
     passes : makes passes through the model of the blocks as they are.
-    wishes : [device, objective], see :class:`pwff_opt.federated.stages.Stage`.
-    regularisation : see :func:`pwff_opt.federated.training.reconcile.weights`.
+    wishes : [device, objective], see :class:`pwff_opt.federated.learning.Stage`.
+    regularisation : see :func:`pwff_opt.federated.learning.reconcile.weights`.
     learns : whether a block of this name is trained.
     pulled : whether a block of this name is pulled back to its start by ``proximal`` (FedProx).
     """
