@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt
 
 from pwff_opt.errors import ScenarioError
-from pwff_opt.registry import Registry
+from pwff_opt.registry import SEARCHES, Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +303,7 @@ class Thresholds:
 class Search:
     """How the front is searched for."""
 
-    method: Literal["surrogate", "evolution"] = "surrogate"
+    method: Annotated[str, OneOf(SEARCHES)] = "surrogate"
     """A model of accuracy chooses what to train next, or NSGA-II does without one."""
     population: Annotated[int, Ge(4)] = 8
     """Of the first generation: plain ways to fine-tune, then random ones; of every one of "evolution"."""
