@@ -48,7 +48,9 @@ from pwff_opt.planning.planner import Planner
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.files import read_scenario
 from pwff_opt.scenario.schedule import Schedule
-from pwff_opt.search.search import CONFIDENCE, Evolution, Reference, Surrogate
+from pwff_opt.search.evolution import Evolution
+from pwff_opt.search.reference import Reference
+from pwff_opt.search.surrogate import CONFIDENCE, Surrogate
 from pwff_solvers.surrogate import Attained, on_grid
 
 HERE = Path(__file__).resolve().parent

@@ -33,7 +33,7 @@ from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.files import built_in_names, parse_scenario, read_scenario, scenario_text
 from pwff_opt.scenario.participation import participants
 from pwff_opt.scenario.schedule import Schedule
-from pwff_opt.search.search import Surrogate
+from pwff_opt.search.searcher import certifier
 
 if TYPE_CHECKING:  # it loads torch
     from pwff_opt.federated.training.evaluator import FederatedEvaluator
@@ -125,7 +125,7 @@ def certify(
     folder = RunFolder(run)
     scenario = folder.scenario()
     journal = Journal(Past(folder), folder)
-    search = Surrogate(Planner(scenario, journal.workload))
+    search = certifier(Planner(scenario, journal.workload))
     search_has = journal.recorded()
     for evaluation in search_has:
         search.tell(evaluation.schedule, evaluation)

@@ -15,17 +15,13 @@ from scipy.stats import t
 from pwff_opt.errors import DecisionError, InfeasibleError
 from pwff_opt.evaluation import Evaluation, Evaluator
 from pwff_opt.planning.planner import Curve, Planner
+from pwff_opt.registry import SEARCHES
 from pwff_opt.rng import stream
 from pwff_opt.scenario import Scenario, Thresholds
 from pwff_opt.scenario.schedule import Schedule
-from pwff_opt.search.search import (
-    Evolution,
-    Reference,
-    Searcher,
-    Surrogate,
-    candidates,
-    objectives,
-)
+from pwff_opt.search.reference import Reference
+from pwff_opt.search.searcher import Method, Searcher
+from pwff_opt.search.table import candidates, objectives
 from pwff_solvers.front import knee, nondominated
 
 FloatArray = NDArray[np.float64]
@@ -34,11 +30,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DRAWS = 500
-"""Of accuracies, for the probability that a point belongs to the front: a standard error of 0.02."""
-SEARCHERS: dict[str, Callable[[Planner], Searcher]] = {
-    "surrogate": Surrogate,
-    "evolution": Evolution,
-}
+"""Number of draws of accuracies for the probability that a point belongs to the front: an error of 0.02.
+
+That is the standard error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,7 +96,7 @@ def pareto_front(
     What a schedule costs is solved exactly; what it learns has to be trained. A training contributes
     the exact energy-delay curve of the schedule cut after each of its validated rounds (training is
     nested, so that prefix has been trained too). The search sees validation accuracy; the front reports
-    test accuracy. ``scenario.search.method`` says how schedules are chosen (:mod:`pwff_opt.search.search`).
+    test accuracy. ``scenario.search.method`` says how schedules are chosen (:mod:`pwff_opt.search.methods`).
 
     Parameters
     ----------
@@ -141,7 +135,8 @@ def pareto_front(
     executor = executor or _Here()
     planner = Planner(scenario, evaluator.workload)
     planner.require_attainable()
-    searcher = SEARCHERS[scenario.search.method](planner)
+    method: Method = SEARCHES[scenario.search.method]
+    searcher = method.build(planner)
     budget = _Rounds(trainings, scenario.training.rounds)
     found: list[tuple[Evaluation, Curve]] = []
     while asked := searcher.ask(min(batch, budget.trainings_left)):

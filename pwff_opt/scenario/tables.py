@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from pwff_opt.errors import ScenarioError
-from pwff_opt.registry import ACCESS, CHANNELS, RULES, STAGES
+from pwff_opt.registry import ACCESS, CHANNELS, RULES, SEARCHES, STAGES
 from pwff_opt.scenario.checks import OneOf, field_problems
 
 Positive = Annotated[float, Gt(0)]
@@ -271,7 +271,7 @@ class Thresholds:
 class Search:
     """How the front is searched for."""
 
-    method: Literal["surrogate", "evolution"] = "surrogate"
+    method: Annotated[str, OneOf(SEARCHES)] = "surrogate"
     """A model of accuracy chooses what to train next, or NSGA-II does without one."""
     population: Annotated[int, Ge(4)] = 8
     """Of the first generation: plain ways to fine-tune, then random ones; of every one of "evolution"."""

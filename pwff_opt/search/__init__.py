@@ -1,25 +1,4 @@
-"""Which schedule to train next."""
+"""Which schedule to train next.
 
-from pwff_opt.search.search import (
-    Certificate,
-    Evolution,
-    Reference,
-    Searcher,
-    Surrogate,
-    candidates,
-    features,
-    kinds,
-    objectives,
-)
-
-__all__ = [
-    "Certificate",
-    "Evolution",
-    "Reference",
-    "Searcher",
-    "Surrogate",
-    "candidates",
-    "features",
-    "kinds",
-    "objectives",
-]
+Methods are in :mod:`pwff_opt.search.methods`; a method that another package adds is one too.
+"""

@@ -10,8 +10,11 @@ import pytest
 
 from pwff_opt import Evaluation, Planner, Scenario, Schedule, TrainedRound, Workload
 from pwff_opt.errors import DecisionError, InfeasibleError
-from pwff_opt.search import search as search_module
-from pwff_opt.search.search import Evolution, Reference, Surrogate, features, kinds
+from pwff_opt.search import surrogate as search_module
+from pwff_opt.search.evolution import Evolution
+from pwff_opt.search.features import features, kinds
+from pwff_opt.search.reference import Reference
+from pwff_opt.search.surrogate import Surrogate
 from pwff_solvers.surrogate import GaussianProcess
 
 

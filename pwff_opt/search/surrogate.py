@@ -1,4 +1,4 @@
-"""Which schedule to train next, and when a training is not worth its end.
+"""Search by a model of accuracy: which schedule to train next, and when a training is not worth its end.
 
 What a schedule costs is known exactly before it is trained; only its accuracy is not.  So accuracy alone
 is modelled, and a training is chosen by what it is expected to add to the front, curves and all.
@@ -6,259 +6,47 @@ is modelled, and a training is chosen by what it is expected to add to the front
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, Protocol
+from typing import Literal
 
-import moocore
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from pwff_opt.errors import DecisionError, InfeasibleError
 from pwff_opt.evaluation import Evaluation, TrainedRound
-from pwff_opt.planning.planner import Curve, Planner
+from pwff_opt.planning.planner import Planner
 from pwff_opt.rng import stream
-from pwff_opt.scenario import Thresholds
-from pwff_opt.scenario.schedule import Codec, LayerState, RoundDecision, Schedule
-from pwff_solvers.evolution import SetSearch, crossed, mutated
+from pwff_opt.scenario.schedule import LayerState, RoundDecision, Schedule
+from pwff_opt.search.certificate import Certificate
+from pwff_opt.search.features import features, kinds, patterns, rank_genes
+from pwff_opt.search.reference import Reference
+from pwff_solvers.evolution.operators import crossed, mutated
 from pwff_solvers.surrogate import Attained, GaussianProcess, expected_improvement, on_grid
 
 FloatArray = NDArray[np.float64]
 Genome = NDArray[np.int64]
 
 CELLS = 64
-"""Of log energy, in which areas of the energy-delay plane are measured."""
+"""Number of cells of log energy, in which areas of the energy-delay plane are measured."""
 ENUMERABLE = 30_000
-"""Up to so many genomes every schedule is a candidate, and up to so many kinds one of every kind is."""
+"""Number of genomes up to which every schedule is a candidate, and of kinds up to which one of each is."""
 POPULATION = 50
-"""Of the evolution that proposes candidates beyond that, which costs no training."""
+"""Number of children a generation of the evolution beyond that, which costs no training."""
 GENERATIONS = 8
-"""Of that evolution, for a training."""
+"""Number of generations of that evolution, for a training."""
 SEARCHED = 80
-"""Of that evolution, for a certificate."""
+"""Number of generations of that evolution, for a certificate."""
 SETTLED = 4
-"""Trainings between searches for hyperparameters, which are the dear part, and settle."""
+"""Number of trainings between searches for hyperparameters, which are the dear part, and settle."""
 CONFIDENCE = 3.0
 """Standard deviations of optimism with which a training must be dominated to be stopped; chosen on the
 replay of ``benchmarks/bench_search.py``, where two lost four times as many points of the front."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """The worst the user would accept: the corner from which a front is measured."""
-
-    energy_j: float
-    delay_s: float
-    accuracy: float
-    sentence: str
-    """Where it comes from."""
-
-    @classmethod
-    def of(cls, planner: Planner, first: Sequence[Evaluation]) -> Reference:
-        """Return the thresholds; in place of those not given, what all layers cost and what scores least.
-
-        ``first``: the evaluations of the first generation.
-        """
-        scenario, layers = planner.scenario, planner.codec.layers
-        thresholds = scenario.thresholds
-        all_layers = RoundDecision(
-            ranks=(max(scenario.decisions.ranks),) * len(scenario.devices),
-            states=(LayerState.AGGREGATED,) * layers,
-        )
-        rounds = scenario.training.rounds
-        most = planner.curve(planner.repaired(Schedule(rounds=(all_layers,) * rounds)))
-        worst = min(
-            (
-                float(np.mean(entry.accuracy))
-                for done in first
-                for entry in done.rounds
-                if entry.accuracy
-            ),
-            default=0.0,
-        )
-        given = {
-            "energy_max_j": thresholds.energy_max_j,
-            "delay_max_s": thresholds.delay_max_s,
-            "accuracy_min": thresholds.accuracy_min,
-        }
-        values = {
-            "energy_max_j": float(most.energy_j.max()),
-            "delay_max_s": float(most.delay_s.max()),
-            "accuracy_min": worst,
-        }
-        missing = [name for name, value in given.items() if value is None]
-        values |= {name: value for name, value in given.items() if value is not None}
-        sentence = (
-            f"fronts are measured against {values['energy_max_j']:.4g} J, {values['delay_max_s']:.4g} s "
-            f"and accuracy {values['accuracy_min']:.3f}"
-        )
-        if missing:
-            sentence += (
-                f"; [thresholds] {', '.join(missing)} not given, so what training all layers costs (as far "
-                "as they fit into memory) and the least accuracy of the first generation stand for what "
-                "you would accept: give them, and no training is spent where you would not go"
-            )
-        return cls(
-            energy_j=values["energy_max_j"],
-            delay_s=values["delay_max_s"],
-            accuracy=values["accuracy_min"],
-            sentence=sentence,
-        )
-
-
-class Searcher(Protocol):
-    """Proposes schedules to train. What it proposes depends on what it was told, in what order."""
-
-    reference: Reference | None
-    """What improvements are measured from, where and when that is known."""
-
-    def ask(self, count: int = 1) -> list[Schedule]:
-        """Return the next schedules, at most ``count``; none when there is none left.
-
-        All of them are to be told, in their order, before the next are asked for.
-        """
-
-    def tell(self, schedule: Schedule, evaluation: Evaluation) -> None:
-        """Take what was trained of the schedule: all of its rounds, or the first ones."""
-
-    def worth_going_on(self, schedule: Schedule, so_far: Evaluation) -> bool:
-        """Return whether a training that stands after ``so_far`` should go on, by what was told."""
-
-    def accuracy(self, evaluation: Evaluation) -> FloatArray:
-        """Return what it takes the mean accuracy to be after every round validated, [mark]."""
-
-
-def features(schedule: Schedule) -> FloatArray:
-    """Return what learning depends on, [round, 5], each of order one.
-
-    After n rounds: log2 n; the mean of log2(1 + rank) over devices; how deep, in how many layers, and in
-    how many aggregated ones the model is trained; the last four are means over those rounds.
-    """
-    rows = []
-    for decision, present in zip(schedule.rounds, schedule.present, strict=True):
-        trained, layers = decision.trained, len(decision.states)
-        rank = np.mean(np.log2(1.0 + np.array(decision.ranks))) if any(present) else 0.0
-        depth = layers - trained.index(True) if any(trained) else 0
-        aggregated = sum(state is LayerState.AGGREGATED for state in decision.states)
-        rows.append([rank, depth, sum(trained), aggregated])
-    rounds = np.arange(1, len(rows) + 1)
-    means = np.cumsum(np.array(rows), axis=0) / rounds[:, None]
-    return np.column_stack([np.log2(rounds), means]) / 3.0
-
-
-def kinds(planner: Planner) -> Iterator[Schedule]:
-    """Yield one schedule of every kind that has one decision for all rounds.
-
-    Neither costs nor :func:`features` know more of a decision than its ranks and how deep, in how many
-    layers, and in how many aggregated ones it trains: the layers of a language model are alike.
-    """
-    codec = planner.codec
-    genes = _rank_genes(codec)
-    for states, ranks in product(_patterns(codec), product(codec.space.ranks, repeat=genes)):
-        decision = RoundDecision(ranks=ranks * (codec.devices // genes), states=states)
-        yield planner.repaired(Schedule(rounds=(decision,) * codec.rounds))
-
-
-def _rank_genes(codec: Codec) -> int:
-    return 1 if codec.space.rank_scope == "common" else codec.devices
-
-
-def _patterns(codec: Codec) -> list[tuple[LayerState, ...]]:
-    """Return states of layers, one pattern of every depth, number trained and number aggregated."""
-    found: dict[tuple[int, int, int], tuple[LayerState, ...]] = {(0, 0, 0): ()}
-    for size in reversed(codec.group_sizes):  # from the last layer down
-        longer = {}
-        for (deep, trained, aggregated), above in found.items():
-            for name in codec.space.layer_states:
-                state = LayerState[name.upper()]
-                learns = state is not LayerState.FROZEN
-                kind = (
-                    len(above) + size if learns else deep,
-                    trained + size * learns,
-                    aggregated + size * (state is LayerState.AGGREGATED),
-                )
-                longer[kind] = (state,) * size + above
-        found = longer
-    return list(found.values())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
-    """How far a front may be from that of all schedules, in log10 energy, log10 delay and error."""
-
-    hypervolume_ratio: float
-    """Of the front found over that hoped for."""
-    epsilon_additive: float
-    """By how much every coordinate of the front found must improve to dominate what is hoped for."""
-    igd_plus: float
-    """Mean distance by which points hoped for are not dominated."""
-    hoped_for: int
-    """Schedules, or kinds of them, that were not trained to the end."""
-    scope: Literal["all", "kinds", "searched"]
-    """Whether those are all there are, one of every kind (see :func:`kinds`), or what a search has found."""
-    confidence: float
-    """Standard deviations that they are hoped to be better than modelled."""
-    cells: int
-    """Of log energy, that areas are measured in."""
-    cell_width: float
-    """In log10 energy."""
-
-    @classmethod
-    def of(
-        cls,
-        found: Attained,
-        hoped: Attained,
-        edges: FloatArray,
-        *,
-        hoped_for: int,
-        scope: Literal["all", "kinds", "searched"],
-        confidence: float,
-    ) -> Certificate:
-        """Compare what is found with what is hoped for, which must be something."""
-        ours, theirs = found.points(edges), hoped.points(edges)
-        something = len(ours) > 0
-        return cls(
-            hypervolume_ratio=found.hypervolume / hoped.hypervolume,
-            epsilon_additive=(
-                float(moocore.epsilon_additive(ours, ref=theirs)) if something else np.inf
-            ),
-            igd_plus=float(moocore.igd_plus(ours, ref=theirs)) if something else np.inf,
-            hoped_for=hoped_for,
-            scope=scope,
-            confidence=confidence,
-            cells=len(edges) - 1,
-            cell_width=float(edges[1] - edges[0]),
-        )
-
-    @property
-    def sentence(self) -> str:
-        """What it says, and how sure it is."""
-        figures = (
-            f"hypervolume ratio {self.hypervolume_ratio:.4f}, additive epsilon {self.epsilon_additive:.4f}, "
-            f"IGD+ {self.igd_plus:.2e} (log10 J, log10 s, error; {self.cells} cells of "
-            f"{self.cell_width:.3f} in log10 J)"
-        )
-        if not self.hoped_for and self.scope == "all":
-            return f"every schedule was trained, so the front is that of the space: {figures}"
-        hoped_for = {
-            "all": f"all {self.hoped_for} schedules that were not trained to the end are",
-            "kinds": f"all schedules ({self.hoped_for} kinds: layers count by how many are trained, how "
-            "deep, and how many aggregated) that were not trained to the end are",
-            "searched": f"{self.hoped_for} schedules, which an evolution found in search of the most to "
-            "hope for (a search and no bound: the space is too large to go through), are",
-        }[self.scope]
-        return (
-            f"against a front on which {hoped_for} {self.confidence:g} standard deviations more accurate "
-            f"than the model of accuracy has them: {figures}. It is as good as that model, no proof, and "
-            "about what is trained: choosing from that by few validation data may cost more"
-        )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Candidate:
+class Candidate:
     """A schedule with what is known about it before it is trained, at its validated rounds."""
 
     schedule: Schedule
@@ -298,7 +86,7 @@ class Surrogate:
         """How many trainings there were at the last search for hyperparameters."""
         self._stale = True
         """Whether the process has learned from something else than what was told."""
-        self._candidates: dict[str, _Candidate] = {}
+        self._candidates: dict[str, Candidate] = {}
         self._all: list[Schedule] = []
         self._scope = self._scope_of(planner)
         self.reference: Reference | None = None
@@ -425,7 +213,7 @@ class Surrogate:
             confidence=confidence,
         )
 
-    def _hopes(self, confidence: float) -> list[_Candidate]:
+    def _hopes(self, confidence: float) -> list[Candidate]:
         """Return candidates that what was not trained may be as good as."""
         if self._scope == "searched":
             return self._evolved(
@@ -508,14 +296,14 @@ class Surrogate:
         assert self.reference is not None
         return float(np.log10(self.reference.delay_s)), 1.0 - self.reference.accuracy
 
-    def _gains(self, pool: Sequence[_Candidate]) -> FloatArray:
+    def _gains(self, pool: Sequence[Candidate]) -> FloatArray:
         """Return the expected improvement of every candidate."""
         curves, mean, std = self._modelled(pool)
         return expected_improvement(self._attained(), curves, 1.0 - mean, std)
 
     def _optimistic_gains(
         self,
-        pool: Sequence[_Candidate],
+        pool: Sequence[Candidate],
         confidence: float,
         marks: NDArray[np.bool_] | slice = slice(None),
     ) -> FloatArray:
@@ -526,23 +314,23 @@ class Surrogate:
             self._attained(), curves[:, marks], errors, np.zeros_like(errors)
         )
 
-    def _modelled(self, pool: Sequence[_Candidate]) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def _modelled(self, pool: Sequence[Candidate]) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return curves [candidate, mark, cell] and mean and standard deviation of accuracies."""
         mean, std = self._process.predict(np.concatenate([one.features for one in pool]))
         shape = len(pool), len(self._marks)
         return np.array([one.curves for one in pool]), mean.reshape(shape), std.reshape(shape)
 
-    def _distances(self, pool: Sequence[_Candidate]) -> FloatArray:
+    def _distances(self, pool: Sequence[Candidate]) -> FloatArray:
         """Return how far in features every candidate is from the nearest that is trained."""
         there = np.array([self._candidate(one).features[-1] for one, _ in self._done.values()])
         here = np.array([one.features[-1] for one in pool])
         distances: FloatArray = np.linalg.norm(here[:, None] - there[None], axis=2).min(axis=1)
         return distances
 
-    def _candidate(self, schedule: Schedule) -> _Candidate:
+    def _candidate(self, schedule: Schedule) -> Candidate:
         return self._known([schedule])[0]
 
-    def _known(self, schedules: Sequence[Schedule]) -> list[_Candidate]:
+    def _known(self, schedules: Sequence[Schedule]) -> list[Candidate]:
         """Return the candidates of schedules, their curves computed once."""
         new = [one for one in schedules if str(one) not in self._candidates]
         at = np.array(self._marks) - 1
@@ -553,7 +341,7 @@ class Surrogate:
                 self._edges,
                 self._corner[0],
             )
-            self._candidates[str(schedule)] = _Candidate(
+            self._candidates[str(schedule)] = Candidate(
                 schedule=schedule, curves=curves, features=features(schedule)[at]
             )
         return [self._candidates[str(one)] for one in schedules]
@@ -564,10 +352,10 @@ class Surrogate:
         codec, space = planner.codec, planner.codec.space
         if np.prod(codec.cardinalities.astype(float)) <= ENUMERABLE:
             return "all"
-        count = len(_patterns(codec)) * float(len(space.ranks)) ** _rank_genes(codec)
+        count = len(patterns(codec)) * float(len(space.ranks)) ** rank_genes(codec)
         return "kinds" if space.phases == 1 and count <= ENUMERABLE else "searched"
 
-    def _pool(self, number: int) -> list[_Candidate]:
+    def _pool(self, number: int) -> list[Candidate]:
         """Return candidates for the next training, none of them trained."""
         if self._scope == "searched":
             return self._evolved(self._gains, number=number, generations=GENERATIONS)
@@ -581,14 +369,14 @@ class Surrogate:
             )
         return self._untrained(self._all)
 
-    def _untrained(self, schedules: Sequence[Schedule]) -> list[_Candidate]:
+    def _untrained(self, schedules: Sequence[Schedule]) -> list[Candidate]:
         """Return the candidates of those that are not trained and not ruled out by what they cost."""
         candidates = self._known([one for one in schedules if str(one) not in self._done])
         return [one for one in candidates if (one.curves < self._corner[0]).any()]
 
     def _evolved(
-        self, merit: Callable[[list[_Candidate]], FloatArray], *, number: int, generations: int
-    ) -> list[_Candidate]:
+        self, merit: Callable[[list[Candidate]], FloatArray], *, number: int, generations: int
+    ) -> list[Candidate]:
         """Return what an evolution towards large ``merit`` has come across.
 
         It starts from what is trained; in every generation the best of all so far, and some of
@@ -598,7 +386,7 @@ class Surrogate:
         rng = stream(self._planner.scenario.seeds.search, "candidates", round=number)
         known = [self._genomes[key] for key in self._done if key in self._genomes]
         parents = np.array(known or list(self._genomes.values()))
-        pool: dict[str, _Candidate] = {}
+        pool: dict[str, Candidate] = {}
         for _ in range(generations):
             mates = parents[rng.integers(0, len(parents), (2, POPULATION))]
             children = mutated(crossed(mates, rng)[0], codec.cardinalities, codec.ordinal, rng)
@@ -627,104 +415,3 @@ class Surrogate:
             self._decoded[key] = schedule
             self._genomes.setdefault(str(schedule), genome)
         return self._decoded[key]
-
-
-class Evolution:
-    """NSGA-II over schedules (:class:`pwff_solvers.evolution.SetSearch`): a model of nothing."""
-
-    def __init__(self, planner: Planner) -> None:
-        self.reference: Reference | None = None
-        self._planner = planner
-        self._texts: dict[bytes, str] = {}
-        self._search = SetSearch(
-            planner.codec.cardinalities,
-            planner.codec.ordinal,
-            planner.first_generation(),
-            key=self._text,
-            seed=planner.scenario.seeds.search,
-        )
-        self._waiting: deque[Schedule] = deque()
-        self._answers: list[FloatArray] = []
-
-    def ask(self, count: int = 1) -> list[Schedule]:
-        if not self._waiting:
-            if self._answers:
-                self._search.tell(self._answers)
-                self._answers = []
-            self._waiting.extend(
-                self._planner.repaired(self._planner.codec.decode(genome))
-                for genome in self._search.ask()
-            )
-        # The next generation needs answers to all of this one.
-        return [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
-
-    def _text(self, genome: Genome) -> str:
-        """Return the schedule that a genome comes down to."""
-        codec = self._planner.codec
-        key = codec.normalised(genome[None]).tobytes()
-        if key not in self._texts:
-            self._texts[key] = str(self._planner.repaired(codec.decode(genome)))
-        return self._texts[key]
-
-    def tell(self, schedule: Schedule, evaluation: Evaluation) -> None:
-        table = candidates(
-            evaluation,
-            self._planner.curve(evaluation.schedule),
-            self.accuracy(evaluation),
-            self._planner.scenario.thresholds,
-        )
-        self._answers.append(objectives(table))
-
-    def worth_going_on(self, schedule: Schedule, so_far: Evaluation) -> bool:
-        return True
-
-    def accuracy(self, evaluation: Evaluation) -> FloatArray:
-        return measured(evaluation)
-
-
-def measured(evaluation: Evaluation) -> FloatArray:
-    """Return the mean validation accuracy after every round validated, [mark]."""
-    return np.array([np.mean(entry.accuracy) for entry in evaluation.rounds if entry.accuracy])
-
-
-def candidates(
-    evaluation: Evaluation, curve: Curve, accuracy: FloatArray, thresholds: Thresholds
-) -> pd.DataFrame:
-    """Return every acceptable point a training offers: each validated round, at each price of time.
-
-    ``accuracy`` [mark]: what a point is chosen by, in column ``accuracy_chosen_by``.
-    """
-    marks = [n for n, entry in enumerate(evaluation.rounds) if entry.accuracy]
-    points = len(curve.price_of_time_w)
-    cuts = [str(evaluation.schedule.prefix(n + 1)) for n in marks]
-    table = pd.DataFrame(
-        {
-            "energy_j": curve.energy_j[marks].ravel(),
-            "delay_s": curve.delay_s[marks].ravel(),
-            "accuracy_validation": np.repeat(measured(evaluation), points),
-            "accuracy_chosen_by": np.repeat(accuracy, points),
-            "price_of_time_w": np.tile(curve.price_of_time_w, len(marks)),
-            "rounds": np.repeat(np.array(marks, dtype=np.int64) + 1, points),
-            "schedule": np.repeat(np.array(cuts, dtype=object), points),
-            "evaluation": evaluation.key,
-        }
-    )
-    keep = np.ones(len(table), dtype=bool)
-    if thresholds.accuracy_min is not None:
-        keep &= table["accuracy_chosen_by"].to_numpy() >= thresholds.accuracy_min
-    if thresholds.energy_max_j is not None:
-        keep &= table["energy_j"].to_numpy() <= thresholds.energy_max_j
-    if thresholds.delay_max_s is not None:
-        keep &= table["delay_s"].to_numpy() <= thresholds.delay_max_s
-    return table[keep]
-
-
-def objectives(table: pd.DataFrame) -> FloatArray:
-    """Return [point, (log10 energy, log10 delay, error)]: both quantities span decades."""
-    return np.column_stack(
-        [
-            np.log10(table["energy_j"].to_numpy(dtype=float)),
-            np.log10(table["delay_s"].to_numpy(dtype=float)),
-            1.0 - table["accuracy_chosen_by"].to_numpy(dtype=float),
-        ]
-    )
