@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pwff_opt.data.models import model_source
-from pwff_opt.registry import STAGES
+from pwff_opt.data.models import model_config, model_source
+from pwff_opt.registry import FAMILIES, RULES, STAGES, Registry
 from pwff_opt.scenario import Data, Scenario
 from pwff_opt.scenario.files import resolved
 from pwff_opt.scenario.schedule import Schedule
@@ -25,9 +26,24 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
 
     Cell, radio and device hardware are not in it: they change what a schedule costs, not what it
     learns. Local files are in it by what they hold and, of a folder, by their names in it, not by where
-    they are. The number of rounds is
-    that of the schedule, so a prefix has a key of its own.
+    they are. Rules, families and stages from outside the package are in it by their source. The number of
+    rounds is that of the schedule, so a prefix has a key of its own.
     """
+    return learning_keys(scenario, [schedule])[0]
+
+
+def learning_keys(scenario: Scenario, schedules: Sequence[Schedule]) -> list[str]:
+    """Return the keys of many schedules, what they have in common written down once."""
+    relevant = _relevant(scenario)
+    keys = []
+    for schedule in schedules:
+        text = json.dumps(relevant | {"schedule": str(schedule)}, sort_keys=True)
+        keys.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+    return keys
+
+
+def _relevant(scenario: Scenario) -> dict[str, Any]:
+    """Return what of a scenario bears on what is learned."""
     everything = resolved(scenario)
     training = dict(everything["training"])
     for irrelevant in ("rounds", "feature_cache_byte", "checkpoint_byte"):
@@ -40,17 +56,20 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
         del everything["model"]["source"]
     if scenario.data.source == "file":
         del everything["data"]["path"]
-    users = {}
+    more: dict[str, Any] = {}
     if STAGES[scenario.training.stage].aligns:
         models.append(scenario.alignment.reward_model)
         if _local_model(scenario.alignment.reward_model, scenario.folder):
             del everything["alignment"]["reward_model"]
-        users = {
+        more = {
             "rewards": REWARDS_VERSION,
             "alignment": everything["alignment"],
             "helpfulness": [device.helpfulness for device in scenario.devices],
         }
-    relevant: dict[str, Any] = {
+    plugins = _plugins(scenario)
+    if plugins:
+        more["plugins"] = plugins
+    return {
         "trainer": TRAINER_VERSION,
         "model": everything["model"],
         "data": everything["data"],
@@ -60,10 +79,25 @@ def learning_key(scenario: Scenario, schedule: Schedule) -> str:
         "aggregation": everything["aggregation"],
         "seeds": {name: everything["seeds"][name] for name in ("data", "training")},
         "devices": len(scenario.devices),
-        "schedule": str(schedule),
-    } | users
-    text = json.dumps(relevant, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    } | more
+
+
+def _plugins(scenario: Scenario) -> dict[str, str]:
+    """Return digests of the sources of what a scenario names from outside the package, by key.
+
+    One that was edited then trains again. What comes with the package is told apart by
+    ``TRAINER_VERSION``.
+    """
+    named: list[tuple[Registry[Any], str]] = [
+        (RULES, scenario.aggregation.lora),
+        (STAGES, scenario.training.stage),
+    ]
+    if any(FAMILIES.source(name) for name in FAMILIES):  # else there is no need to read the model
+        config = model_config(model_source(scenario.model.source, folder=scenario.folder))
+        kind = config.get("model_type")
+        named += [(FAMILIES, name) for name, own in FAMILIES.items() if kind in own.model_types]
+    digests = {registry.key: registry.source(name) for registry, name in named}
+    return {key: digest for key, digest in digests.items() if digest}
 
 
 def _local_model(source: str, folder: str) -> Path | None:

@@ -23,12 +23,12 @@ from typing import Any
 import pandas as pd
 
 from pwff_opt.costs import Workload
-from pwff_opt.scenario.schedule import Schedule
 from pwff_opt.errors import RunError
-from pwff_opt.evaluation import (Evaluation, Evaluator, TrainedRound)
-from pwff_opt.runs.identity import (learning_key)
+from pwff_opt.evaluation import Evaluation, Evaluator, TrainedRound
+from pwff_opt.runs.identity import learning_key
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.files import from_resolved, resolved
+from pwff_opt.scenario.schedule import Schedule
 
 PACKAGES = (
     "pwff-opt",

@@ -26,7 +26,7 @@ from pwff_opt.federated.training.trainer import Trainer
 from pwff_opt.planning.demand import CostModel
 from pwff_opt.planning.feasibility import as_schedule, check_ranks, demanded
 from pwff_opt.registry import STAGES
-from pwff_opt.runs.identity import learning_key
+from pwff_opt.runs.identity import learning_key, learning_keys
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import Schedule
 
@@ -208,10 +208,8 @@ class FederatedEvaluator:
 
     def _paths(self, schedule: Schedule) -> list[Path]:
         """Return where the state after each round is kept."""
-        return [
-            checkpoint_path(self._folder, learning_key(self.scenario, schedule.prefix(n + 1)))
-            for n in range(len(schedule))
-        ]
+        cuts = [schedule.prefix(n + 1) for n in range(len(schedule))]
+        return [checkpoint_path(self._folder, key) for key in learning_keys(self.scenario, cuts)]
 
     def _count(self) -> None:
         self.device_rounds += 1
