@@ -1,1 +1,5 @@
-"""The stages of a language model's life that a federation can go through, one module each."""
+"""What can be learned: a module a stage, with its facts; plug-ins derive from :class:`StageVariant`."""
+
+from pwff_opt.federated.stages._stage import StageVariant
+
+__all__ = ["StageVariant"]
