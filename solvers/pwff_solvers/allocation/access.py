@@ -25,12 +25,12 @@ class Access(Protocol):
 
     @property
     def name(self) -> str:
-        """Name in messages."""
+        """Return the name in messages."""
         ...
 
     @property
     def largest_gap(self) -> float:
-        """Largest relative duality gap that its users may rest figures on."""
+        """Return the largest relative duality gap that its users may rest figures on."""
         ...
 
     def require(self, batch: Batch) -> None:

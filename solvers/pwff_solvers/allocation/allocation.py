@@ -22,7 +22,7 @@ class Status(IntEnum):
 
     @property
     def sentence(self) -> str:
-        """One sentence for the user."""
+        """Return one sentence for the user."""
         return _SENTENCES[self]
 
 

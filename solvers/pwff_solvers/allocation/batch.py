@@ -48,7 +48,7 @@ _NAMES = (*_DEVICE, *_CELL)
 
 
 def _column(number: int) -> property:
-    """Quantity of the devices, [instance, device]."""
+    """Return a property: a quantity of the devices, [instance, device]."""
 
     def get(batch: Batch) -> FloatArray:
         return batch.device[:, number]
@@ -57,7 +57,7 @@ def _column(number: int) -> property:
 
 
 def _scalar(number: int) -> property:
-    """Quantity of the cells, [instance]."""
+    """Return a property: a quantity of the cells, [instance]."""
 
     def get(batch: Batch) -> FloatArray:
         return batch.cell[:, number]
@@ -227,12 +227,12 @@ class Batch:
 
     @property
     def instances(self) -> int:
-        """Number of instances."""
+        """Return the number of instances."""
         return int(self.device.shape[0])
 
     @property
     def devices(self) -> int:
-        """Number of devices of every instance."""
+        """Return the number of devices of every instance."""
         return int(self.device.shape[2])
 
     payload_bit = _column(DEVICE_PAYLOAD)
@@ -373,7 +373,7 @@ def _check_order(low: FloatArray, high: FloatArray, low_name: str, high_name: st
 
 
 def _common_shape(arrays: list[FloatArray]) -> tuple[int, int]:
-    """Shape [instance, device] that every argument broadcasts to."""
+    """Return the shape [instance, device] that every argument broadcasts to."""
     devices, instances = 1, 1
     for number, array in enumerate(arrays):
         shape = array.shape

@@ -93,22 +93,22 @@ class Primal:
 
     @property
     def frequency_hz(self) -> FloatArray:
-        """Frequencies [instance, device]."""
+        """Return the frequencies [instance, device]."""
         return self.decision[:, POINT_FREQUENCY]
 
     @property
     def upload_s(self) -> FloatArray:
-        """Upload times [instance, device]."""
+        """Return the upload times [instance, device]."""
         return self.decision[:, POINT_UPLOAD]
 
     @property
     def power_w(self) -> FloatArray:
-        """Powers [instance, device]."""
+        """Return the powers [instance, device]."""
         return self.decision[:, POINT_POWER]
 
     @property
     def bandwidth_hz(self) -> FloatArray:
-        """Bandwidths [instance, device]."""
+        """Return the bandwidths [instance, device]."""
         return self.decision[:, POINT_BAND]
 
 
@@ -131,7 +131,7 @@ def _violation_terms(
     payload: Any, work: Any, gain: Any, power_max: Any, power_min: Any, f_min: Any, f_max: Any,
     b: Any, p: Any, f: Any, t: Any, noise: Any,
 ) -> Any:  # fmt: skip
-    """A device's largest relative violation, and when it has computed and is done."""
+    """Return a device's largest relative violation, and when it has computed and is done."""
     live = payload > 0.0
     a = select(live, payload * _LN2, 1.0)
     b1 = select(live, b, 1.0)
@@ -152,7 +152,7 @@ def _violation_terms(
 
 @kernel
 def violation_of(d: Any, q: Any, cell: Any, time: Any, in_turn: Any, s: Any) -> Any:
-    """Largest violation in one instance, the cell's own limits included."""
+    """Return the largest violation in one instance, the cell's own limits included."""
     one, two, three = s[0], s[1], s[2]
     s_, c_, h_, p_, m_, l_, u_ = (
         d[DEVICE_PAYLOAD],
@@ -226,7 +226,7 @@ if not COMPILED:
 
 
 def columns(batch: Batch) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Payload [nat], G [Hz/W], bandwidth and fixed delay as columns."""
+    """Return payload [nat], G [Hz/W], bandwidth and fixed delay as columns."""
     nats = batch.payload_bit * np.log(2.0)
     g = batch.gain / batch.noise_psd_w_per_hz[:, None]
     return nats, g, batch.bandwidth_hz[:, None], batch.fixed_delay_s[:, None]
@@ -255,7 +255,7 @@ def computing_prices(
     part: NDArray[np.bool_],
     total: FloatArray,
 ) -> FloatArray:
-    """Prices of time of devices that only compute, as near to ``total`` as optimality lets them.
+    """Return the prices of time of devices that only compute, as near ``total`` as optimality allows.
 
     A device that finishes at the deadline above its least frequency has price ``2 kappa f^3``; at
     the least frequency anything up to that; at the largest anything from that.  The tolerances

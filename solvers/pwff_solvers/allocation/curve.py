@@ -129,7 +129,7 @@ class EnergyDelayCurve:
         return np.asarray(np.interp(delay, self.delay_s, self.price_of_time_w), dtype=np.float64)
 
     def _known(self, delay_s: ArrayLike) -> FloatArray:
-        """NaN below the shortest delay, which itself may have lost its last digits."""
+        """Return the delays, NaN below the shortest one, which itself may have lost its last digits."""
         delay = np.asarray(delay_s, dtype=np.float64)
         shortest = self.delay_s[0]
         known = np.where(delay >= shortest * (1.0 - _EDGE), np.maximum(delay, shortest), np.nan)
@@ -275,7 +275,7 @@ def least_energy_within(
     tried: list[tuple[float, float, FloatArray]] = []
 
     def excess(log_price: float) -> float:
-        """Logarithm of the total delay over the deadline; falls with the price."""
+        """Return the logarithm of the total delay over the deadline; it falls with the price."""
         round_s = solve(batch, Weighted(math.exp(log_price)), access).round_s
         total_s = float(round_s.sum())
         tried.append((total_s, log_price, round_s))
@@ -302,7 +302,7 @@ def least_energy_within(
 
 
 def _positive(round_s: FloatArray) -> FloatArray:
-    """A round with nothing to do takes no time, but a given one must be positive."""
+    """Return positive rounds: one with nothing to do takes no time, but a given one must be positive."""
     return np.maximum(round_s, np.finfo(np.float64).tiny)
 
 

@@ -221,7 +221,7 @@ def derive(row, cell, wanted):
 
 @kernel
 def total(cell, field):
-    """Every lane of a sum becomes the sum over lanes: they hold parts of one instance."""
+    """Let every lane of a sum become the sum over lanes: they hold parts of one instance."""
     value = 0.0
     for l in range(LANES):
         value += cell[field * LANES + l]
@@ -231,7 +231,7 @@ def total(cell, field):
 
 @kernel
 def largest(cell, field):
-    """Every lane becomes the largest."""
+    """Let every lane become the largest."""
     value = cell[field * LANES]
     for l in range(LANES):
         value = max(value, cell[field * LANES + l])
@@ -269,7 +269,7 @@ def farthest(cell, field):
 
 @kernel
 def spread(cells):
-    """Every lane becomes the first: the lanes hold one instance."""
+    """Let every lane become the first: the lanes hold one instance."""
     for field in range(CELL):
         for lane in range(1, LANES):
             cells[field * LANES + lane] = cells[field * LANES]
@@ -296,7 +296,7 @@ OUT_E = Y_L  # energy of sending
 
 @kernel
 def answer_row(row, cell):
-    """Bandwidth, times and price of time of a row of devices, from ``Z`` and ``W``; add up.
+    """Find bandwidth, times and price of time of a row of devices, from ``Z`` and ``W``; add up.
 
     The price of time is that of uploading, ``lam a e^z/(psi t^2) - P`` or ``lam a/(z t^2)``: one
     formula, whose two parts are not negative.  Inside the limits of t it is that of computing too.

@@ -167,7 +167,7 @@ def named(access: str | Access) -> Access:
 
 
 def _target(objective: Objective, batch: Batch) -> FloatArray:
-    """Parameter of the objective, [instance]; zeros where it has none."""
+    """Return the parameter of the objective, [instance]; zeros where it has none."""
     match objective:
         case LeastEnergy():
             return per_instance("round_s", objective.round_s, batch.instances)

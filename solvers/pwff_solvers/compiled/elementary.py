@@ -76,7 +76,7 @@ if COMPILED and not TYPE_CHECKING:
 
     @intrinsic
     def _bits(typing: Any, real: Any) -> Any:
-        """The 64 bits of a number, as an unsigned integer."""
+        """Return the 64 bits of a number, as an unsigned integer."""
 
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.bitcast(args[0], ir.IntType(64))
@@ -85,7 +85,7 @@ if COMPILED and not TYPE_CHECKING:
 
     @intrinsic
     def _real(typing: Any, bits: Any) -> Any:
-        """The number with these 64 bits."""
+        """Return the number with these 64 bits."""
 
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.bitcast(args[0], ir.DoubleType())

@@ -56,7 +56,7 @@ def _same(vector: Any, number: int) -> Any:
 
 @intrinsic
 def load(typing: Any, array: Any, index: Any) -> Any:
-    """Sixteen numbers of an array, of float32 or of bfloat16 as uint16, from ``index`` on."""
+    """Return sixteen numbers of an array, of float32 or of bfloat16 as uint16, from ``index`` on."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = signature.args[0]
@@ -131,7 +131,7 @@ def turn(
 
 @intrinsic
 def spread(typing: Any, array: Any, index: Any) -> Any:
-    """The number at ``index`` sixteen times. Unlike ``array[index]`` it does not ask for the sign."""
+    """Return the number at ``index`` sixteen times. Unlike ``array[index]`` it does not ask for the sign."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = signature.args[0]
@@ -146,7 +146,7 @@ def spread(typing: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def splat(typing: Any, number: Any) -> Any:
-    """One number sixteen times."""
+    """Return one number sixteen times."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _all(builder, args[0])
@@ -184,7 +184,7 @@ _define(operator.truediv, "fdiv")
 
 @intrinsic
 def unless_below(typing: Any, x: Any, bound: Any, value: Any, other: Any) -> Any:
-    """``other`` where x < bound, else (also where x is not a number) ``value``."""
+    """Return ``other`` where x < bound, else (also where x is not a number) ``value``."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         below = builder.fcmp_ordered("<", args[0], _all(builder, args[1]))
@@ -195,7 +195,7 @@ def unless_below(typing: Any, x: Any, bound: Any, value: Any, other: Any) -> Any
 
 @intrinsic
 def where_seen(typing: Any, x: Any, at: Any, end: Any, sinks: Any, before: Any, after: Any) -> Any:
-    """Minus infinity in places, counted from ``at``, that are not seen.
+    """Return minus infinity in places, counted from ``at``, that are not seen.
 
     Seen are those below ``end`` if also below ``sinks``, or above ``before`` and below ``after``.
     """
@@ -219,7 +219,7 @@ def where_seen(typing: Any, x: Any, at: Any, end: Any, sinks: Any, before: Any, 
 
 @intrinsic
 def larger(typing: Any, left: Any, right: Any) -> Any:
-    """The larger of each two; what is compared with no number may be either."""
+    """Return the larger of each two; what is compared with no number may be either."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", *args), *args)
@@ -229,7 +229,7 @@ def larger(typing: Any, left: Any, right: Any) -> Any:
 
 @intrinsic
 def total_of(typing: Any, value: Any) -> Any:
-    """The sum of sixteen, in an order that is the same at every call."""
+    """Return the sum of sixteen, in an order that is the same at every call."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         name = f"llvm.vector.reduce.fadd.v{LANES}f32"
@@ -242,7 +242,7 @@ def total_of(typing: Any, value: Any) -> Any:
 
 @intrinsic
 def largest(typing: Any, value: Any) -> Any:
-    """The largest of sixteen, compared as :func:`larger` does."""
+    """Return the largest of sixteen, compared as :func:`larger` does."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         (value,) = args
@@ -257,7 +257,7 @@ def largest(typing: Any, value: Any) -> Any:
 
 @intrinsic
 def power_of_two(typing: Any, shifted: Any) -> Any:
-    """2^n of n + 1.5 * 2^23, which has n in its lowest bits."""
+    """Return 2^n of n + 1.5 * 2^23, which has n in its lowest bits."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bits = builder.shl(builder.bitcast(args[0], _INTS), _same(_INTS, 23))

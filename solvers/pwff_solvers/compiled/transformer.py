@@ -53,7 +53,7 @@ _E2, _E3, _E4, _E5, _E6, _E7 = (np.float32(1 / math.factorial(n)) for n in range
 
 @kernel
 def _exp(x):
-    """e^x for x <= 0, relative error below 2e-7; 0 below -87."""
+    """Return e^x for x <= 0, relative error below 2e-7; 0 below -87."""
     bounded = unless_below(x, _LOWEST, x, splat(_LOWEST))
     shifted = bounded * _LOG2_E + _SHIFT
     n = shifted - _SHIFT
@@ -64,7 +64,7 @@ def _exp(x):
 
 @kernel
 def _product(a, a_at, a_row, a_column, b, b_at, b_row, out, at, out_row, rows, inner, columns, add):
-    """out[i, c] = sum_j a[i, j] b[j, c], added to what is there if ``add``.
+    """Compute out[i, c] = sum_j a[i, j] b[j, c], added to what is there if ``add``.
 
     Of b and out, rows of ``columns`` numbers, a multiple of sixteen, side by side. Eight sums at once,
     of four rows and two columns of sixteen, hide the latency of an addition. What is beyond the last
@@ -106,7 +106,7 @@ def _product(a, a_at, a_row, a_column, b, b_at, b_row, out, at, out_row, rows, i
 
 @kernel
 def _narrow(a, a_at, a_row, a_column, b, b_at, b_row, out, at, out_row, rows, inner, add):
-    """The same for sixteen columns: eight rows at once."""
+    """Compute the same for sixteen columns: eight rows at once."""
     last = rows - 1
     for i in range(0, rows, 8):
         i1, i2, i3, i4 = min(i + 1, last), min(i + 2, last), min(i + 3, last), min(i + 4, last)
@@ -141,7 +141,7 @@ def _narrow(a, a_at, a_row, a_column, b, b_at, b_row, out, at, out_row, rows, in
 
 @kernel
 def _turn(x, at, stride, rows, columns, out, out_row):
-    """out[c, i] = x[i, c]; zeros in out's columns beyond ``rows``, up to a multiple of sixteen."""
+    """Set out[c, i] = x[i, c]; zeros in out's columns beyond ``rows``, up to a multiple of sixteen."""
     for i in range(0, rows, LANES):
         for c in range(0, columns, LANES):
             turn(x, at + i * stride + c, stride, rows - 1 - i, out, c * out_row + i, out_row)
@@ -172,7 +172,7 @@ _HALF, _DENSITY = np.float32(-0.5), np.float32(1 / math.sqrt(2 * math.pi))
 
 @kernel
 def _normal(x):
-    """The normal distribution function Phi(x), and its density; relative errors 1e-6 above -6.
+    """Return the normal distribution function Phi(x), and its density; relative errors 1e-6 above -6.
 
     Below, that of x^2 is seen in e^(-x^2 / 2): 4e-6 at -12.
     """

@@ -28,7 +28,7 @@ ENUMERABLE = 10_000
 CROSSED = 0.9
 """Share of pairs of parents that are crossed; the children of the others are only mutated."""
 BROODS = 20
-"""Of children, each as large as the population, in search of enough that were not asked before."""
+"""Number of broods, each as large as the population, in search of enough genomes not asked before."""
 
 
 class SetSearch:

@@ -81,7 +81,7 @@ class OracleSolve:
 
     @property
     def found(self) -> bool:
-        """True where the solver returned a point that it calls optimal or nearly so."""
+        """Return True where the solver found a point that it calls optimal or nearly so."""
         return self.status in ("optimal", "optimal_inaccurate")
 
 
@@ -295,7 +295,7 @@ def _solve_instance(
 
 
 def _cvxpy() -> Any:
-    """cvxpy, imported where it is used: the package runs without it."""
+    """Return cvxpy, imported where it is used: the package runs without it."""
     return import_module("cvxpy")
 
 

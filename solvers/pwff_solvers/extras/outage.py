@@ -427,7 +427,7 @@ class _Cell:
         return result
 
     def _bracket(self) -> tuple[FloatArray, FloatArray]:
-        """Log prices below and above which no device changes its answer."""
+        """Return the log prices below and above which no device changes its answer."""
         t, z = self.t_low, self.z_min
         low = t * psi(z, np.expm1(z)) / self.g  # z leaves z_min
         pull = self.steep / self.rest_low**3 * z * t * t / self.a  # t leaves t_low
@@ -463,7 +463,7 @@ class _Cell:
     def _at(
         self, y: FloatArray, log_price: FloatArray
     ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-        """The same at ``y = log(t/(T-t))``; T - t is carried apart, for it may be far below t."""
+        """Return the same at ``y = log(t/(T-t))``; T - t is carried apart, for it may be far below t."""
         e = np.exp(-y)
         low, high = y <= self.y_low, y >= self.y_high
         t = np.where(high, self.t_high, np.where(low, self.t_low, self.time / (1.0 + e)))
@@ -527,7 +527,7 @@ def _spread(array: FloatArray, rows: NDArray[np.int64], instances: int) -> Float
 
 
 def _shortest(part: Batch, alone: FloatArray) -> tuple[FloatArray, NDArray[np.int64], FloatArray]:
-    """Shortest round [s] under the outage limits, the device that holds it, and its gap."""
+    """Return the shortest round [s] under the outage limits, the device that holds it, and its gap."""
     base = solve(part, Shortest())
     late = alone.max(1)
     held = late >= base.round_s
@@ -542,7 +542,7 @@ def _shortest(part: Batch, alone: FloatArray) -> tuple[FloatArray, NDArray[np.in
 
 
 def _relative(value: FloatArray, bound: FloatArray) -> FloatArray:
-    """Relative gap; 0 where both are equal, as where there is nothing to do."""
+    """Return the relative gap; 0 where both are equal, as where there is nothing to do."""
     result: FloatArray = np.where(
         value == bound, 0.0, (value - bound) / np.where(value > 0, value, 1.0)
     )

@@ -167,7 +167,7 @@ def round_to_blocks(batch: Batch, round_s: ArrayLike, blocks: ArrayLike) -> Bloc
 
 
 def _greedy(d: Devices, time: float, need: NDArray[np.int64], number: int) -> NDArray[np.int64]:
-    """Blocks [device] of one instance: the least ones and those with the largest savings."""
+    """Return the blocks [device] of one instance: the least ones and those with the largest savings."""
     spare = number - int(need.sum())
     live = need > 0
     if spare == 0 or not live.any():
@@ -187,7 +187,7 @@ def _greedy(d: Devices, time: float, need: NDArray[np.int64], number: int) -> ND
 
 
 def _best_time(d: Devices, time: float, band: FloatArray) -> tuple[FloatArray, FloatArray]:
-    r"""Best upload time t and ``T - t``, [device, case], of one instance in given bandwidths.
+    r"""Return the best upload time t and ``T - t``, [device, case], of one instance in given bandwidths.
 
     ``(b/G) psi(z) = 2C/(T-t)^3`` with ``z = a/(bt)``; in ``y = log(t/(T-t))`` it reads
     ``X(log(2CG/b) - 3 log(T-t)) + log t - log(a/b) = 0``, X the inverse of log psi.  The left side

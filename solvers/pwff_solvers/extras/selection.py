@@ -240,7 +240,7 @@ def drop_out(batch: Batch, round_s: ArrayLike, value_j: ArrayLike, nodes: int = 
 
 
 def _round(batch: Batch, round_s: ArrayLike) -> FloatArray:
-    """Round [s] of every instance, checked."""
+    """Return the round [s] of every instance, checked."""
     if not isinstance(batch, Batch):
         raise InvalidInputError(f"batch must be a Batch, got {type(batch).__name__}")
     return per_instance("round_s", round_s, batch.instances)
@@ -279,7 +279,7 @@ def _selection(
 
 
 def _only(batch: Batch, served: BoolArray) -> Batch:
-    """The batch in which the other devices have nothing to do and spend nothing."""
+    """Return the batch in which the other devices have nothing to do and spend nothing."""
     names = ("payload_bit", "work_cycles", "fixed_energy_j")
     return batch.replace(**{name: np.where(served, getattr(batch, name), 0.0) for name in names})
 
@@ -290,14 +290,14 @@ def _fixed(batch: Batch, served: BoolArray) -> FloatArray:
 
 
 def _first(order: IntArray, count: IntArray) -> BoolArray:
-    """Mask of the first ``count`` devices of each row of ``order``."""
+    """Return a mask of the first ``count`` devices of each row of ``order``."""
     mask = np.zeros(order.shape, dtype=np.bool_)
     np.put_along_axis(mask, order, np.arange(order.shape[1]) < count[:, None], axis=1)
     return mask
 
 
 def _least_bandwidth(batch: Batch, round_s: FloatArray) -> FloatArray:
-    """Least bandwidth [Hz] of each device, infinite where it cannot be served even alone."""
+    """Return the least bandwidth [Hz] of each device, infinite where it cannot be served even alone."""
     time = round_s - batch.fixed_delay_s
     with np.errstate(all="ignore"):
         cell = Cell(batch, slice(None))
@@ -310,7 +310,7 @@ def _least_bandwidth(batch: Batch, round_s: FloatArray) -> FloatArray:
 def _most(
     batch: Batch, round_s: FloatArray, need: FloatArray, order: IntArray
 ) -> tuple[IntArray, Allocation]:
-    """The largest number of first devices that fit, and their allocation.
+    """Return the largest number of first devices that fit, and their allocation.
 
     Sums of bandwidths decide but for rounding: when the round is the shortest one of some set,
     ``solve`` has the last word, and so it is asked about one device more first.
@@ -404,7 +404,7 @@ class _Tree:
     # -- selections --
 
     def price(self, row: IntArray, served: BoolArray) -> tuple[FloatArray, FloatArray]:
-        """Value and lower bound of given selections, infinite where infeasible; keep the best."""
+        """Return value and lower bound of given selections, infinite where infeasible; keep the best."""
         keys = [(int(i), mask.tobytes()) for i, mask in zip(row, served, strict=True)]
         new = {key: j for j, key in enumerate(keys) if key not in self.known}
         if new:
@@ -435,7 +435,7 @@ class _Tree:
     def choose(
         self, row: IntArray, state: NDArray[np.int8], weight: FloatArray
     ) -> tuple[BoolArray, FloatArray]:
-        """The best choice for given weights ``g - v``, and the cost of reversing each device's."""
+        """Return the best choice for given weights ``g - v``, and the cost of reversing each device's."""
         w = np.where(state == _IN, -np.inf, np.where(state == _OUT, np.inf, weight))
         if self.count is None:
             chosen: BoolArray = w < 0
@@ -450,7 +450,7 @@ class _Tree:
         return chosen, np.where(chosen, after - w, w - last)
 
     def cost(self, row: IntArray, now: Answer, d: Devices, price: FloatArray) -> FloatArray:
-        """``g_k(lam)`` [node, device] from the answers, fixed energy included."""
+        """Return ``g_k(lam)`` [node, device] from the answers, fixed energy included."""
         z = d.a / (now.b * now.t)
         computing = np.where(d.priced, 0.5 * d.twice_c / now.rest**2, 0.0)
         total = d.a_over_g * np.expm1(z) / z + computing + price * now.b
@@ -460,7 +460,7 @@ class _Tree:
     def certified(
         self, row: IntArray, now: Answer, price: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
-        """Lower bounds on ``g_k(lam)`` [node, device], and what rounding may take off [node]."""
+        """Return lower bounds on ``g_k(lam)`` [node, device], and what rounding may take off [node]."""
         many = self.batch.devices
         one = (row[:, None] * many + np.arange(many)).ravel()
         cell = np.repeat(row, many)
@@ -482,7 +482,7 @@ class _Tree:
     def lower(
         self, row: IntArray, state: NDArray[np.int8], price: FloatArray
     ) -> tuple[FloatArray, BoolArray, FloatArray]:
-        """``L(lam)`` of nodes as a safe bound, the choice behind it and what reversing costs."""
+        """Return ``L(lam)`` of nodes as a safe bound, the choice behind it and what reversing costs."""
         now = answer(self.d.take(row), self.lim.take(row), np.log(price), None)
         cost, rounding = self.certified(row, now, price)
         value = self.value[row]
@@ -493,7 +493,7 @@ class _Tree:
         return np.where(np.isfinite(low), low, -np.inf), chosen, reverse
 
     def maximise(self, nodes: _Nodes) -> tuple[FloatArray, list[BoolArray]]:
-        """Best price of bandwidth of every node, and the choices on both sides of it.
+        """Return the best price of bandwidth of every node, and the choices on both sides of it.
 
         L is concave, so its tangents left and right of the maximum meet above it: that point is
         exact at a kink, where two devices are worth the same; Newton on ``sum b = B`` is fast
@@ -589,7 +589,7 @@ class _Tree:
         return _selection(served, plan, value, np.minimum(self.floor, self.best), used)
 
     def _front(self, nodes: _Nodes, width: IntArray) -> BoolArray:
-        """The nodes with the least bounds, at most ``width`` of every instance."""
+        """Return the nodes with the least bounds, at most ``width`` of every instance."""
         order = np.lexsort((nodes.bound, nodes.row))
         row = nodes.row[order]
         place = np.arange(row.size) - np.searchsorted(row, row)

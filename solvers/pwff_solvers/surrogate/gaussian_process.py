@@ -56,5 +56,5 @@ class GaussianProcess:
 
     @property
     def noise_std(self) -> float:
-        """Standard deviation of the noise of a measurement."""
+        """Return the standard deviation of the noise of a measurement."""
         return self._size * float(np.sqrt(self._kernel.k2.noise_level))

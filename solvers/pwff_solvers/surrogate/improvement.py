@@ -58,7 +58,7 @@ class Attained:
     width: FloatArray
     """[cell]"""
     reference: float
-    """Of y."""
+    """Reference value of y."""
 
     @classmethod
     def of(
@@ -85,7 +85,7 @@ class Attained:
 
     @property
     def hypervolume(self) -> float:
-        """What is dominated within the reference and the cells."""
+        """Return the hypervolume that is dominated within the reference and the cells."""
         heights = np.diff(self.levels)
         areas = (self.reference - self.least[1:]) @ self.width
         return float(areas @ heights)

@@ -23,7 +23,6 @@ from pwff_solvers.allocation import (
     energy_delay_curve,
     solve,
 )
-from pwff_solvers.compiled import switch
 
 GOOD = {
     "payload_bit": [[1e5, 2e5]],
@@ -267,12 +266,6 @@ def test_results_say_in_one_line_what_they_are():
         r".* to .* J; error \S+, worst gap \S+\)",
         repr(curve),
     )
-
-
-@pytest.mark.parametrize("word", ["0", "false", "No", "OFF"])
-def test_numba_can_be_switched_off(word, monkeypatch):
-    monkeypatch.setenv("PWFF_NUMBA", word)
-    assert not switch.numba_wanted()
 
 
 def test_shapes_broadcast():

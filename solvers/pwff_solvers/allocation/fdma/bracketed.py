@@ -92,7 +92,7 @@ class Cell:
         )
 
     def idle_price(self, time: FloatArray, columns: IntArray) -> tuple[FloatArray, FloatArray]:
-        """Price of time of the devices without payload, right and left of ``time``."""
+        """Return the price of time of the devices without payload, right and left of ``time``."""
         if not self.any_dead:
             zero = np.zeros_like(time)
             return zero, zero
@@ -107,7 +107,7 @@ class Cell:
 
 
 def _total(array: FloatArray) -> FloatArray:
-    """Sum over devices."""
+    """Return the sum over devices."""
     total: FloatArray = np.add.reduce(array, axis=0)
     return total
 
@@ -116,13 +116,13 @@ def _total(array: FloatArray) -> FloatArray:
 
 
 def _shortest(cell: Cell, columns: IntArray) -> _Shortest:
-    """Root of ``log sum_k b_least(T) = log B`` in ``log(T - T0)``; T0 is where b_least ends."""
+    """Return the root of ``log sum_k b_least(T) = log B`` in ``log(T - T0)``; T0 is where b_least ends."""
     d = cell.d.take(columns)
     band = d.bandwidth
     number = np.maximum(_total(d.live.astype(np.float64)), 1.0)
 
     def alone(b: FloatArray) -> FloatArray:
-        """Time a device needs in the band b."""
+        """Return the time a device needs in the band b."""
         needed = d.fast + d.a / (b * np.log1p(d.wide / b))
         longest: FloatArray = np.max(np.where(d.live, needed, 0.0), axis=0)
         return longest
@@ -167,7 +167,7 @@ def _shortest(cell: Cell, columns: IntArray) -> _Shortest:
 def _edge_prices(
     cell: Cell, columns: IntArray, found: _Shortest, price: FloatArray | None
 ) -> tuple[FloatArray, FloatArray, Answer]:
-    """Prices where bandwidth is all used at the shortest round.
+    """Return the prices where bandwidth is all used at the shortest round.
 
     Any price of bandwidth from ``log_high`` upwards supports that point, and the price of time
     rises linearly with it; so a wanted price of time is met exactly.
@@ -186,7 +186,7 @@ def _edge_prices(
 
 
 def _binding(cell: Cell, columns: IntArray, found: _Shortest) -> IntArray:
-    """Device with the largest share of ``dT/d(...)`` at the shortest round."""
+    """Return the device with the largest share of ``dT/d(...)`` at the shortest round."""
     d, lim = cell.d.take(columns), found.lim
     # mu_k is proportional to (a/t^2) / (d/db)[b log(1 + PG/b)] = (a/t^2) e^z / psi(z)
     z = np.exp(lim.x_high)
@@ -202,7 +202,7 @@ def _binding(cell: Cell, columns: IntArray, found: _Shortest) -> IntArray:
 
 
 def _first_price(d: Devices, lim: Limits) -> FloatArray:
-    """Price at which devices of one and the same z would fill the band."""
+    """Return the price at which devices of one and the same z would fill the band."""
     need = np.where(d.live, d.a / lim.t_high, 0.0)
     total = np.maximum(_total(need), 1e-300)
     z = np.clip(total / d.bandwidth, 1e-30, 300.0)
@@ -271,7 +271,7 @@ def _balance(
 
 
 def least_energy(cell: Cell, time: FloatArray, blur: FloatArray) -> Point:
-    """Least energy within ``time`` (fixed delay taken off, which left it uncertain by ``blur``)."""
+    """Return the least energy within ``time`` (fixed delay taken off: it is uncertain by ``blur``)."""
     everyone = np.arange(time.size)
     positive = time > 0
     lim = limits(cell.d, np.where(positive, time, np.nan))
@@ -306,7 +306,7 @@ def least_energy(cell: Cell, time: FloatArray, blur: FloatArray) -> Point:
 
 
 def shortest(cell: Cell) -> Point:
-    """Shortest round, and the least energy in it."""
+    """Return the shortest round, and the least energy in it."""
     everyone = np.arange(cell.d.bandwidth.size)
     found = _shortest(cell, everyone)
     point = _gather(cell, everyone.size, [(everyone, _at_shortest(cell, everyone, found, None))])
@@ -331,7 +331,7 @@ def _within(cell: Cell, columns: IntArray, d: Devices, lim: Limits) -> _Part:
 def _at_shortest(
     cell: Cell, columns: IntArray, found: _Shortest, price: FloatArray | None
 ) -> _Part:
-    """Solution at the shortest round; ``price`` is the price of time it must support."""
+    """Return the solution at the shortest round; ``price`` is the price of time it must support."""
     lam, mu, _ = _edge_prices(cell, columns, found, price)
     d = cell.d.take(columns)
     b, t = found.lim.b_least.copy(), found.lim.t_high.copy()
@@ -384,7 +384,7 @@ def _gather(cell: Cell, instances: int, parts: list[tuple[IntArray, _Part]]) -> 
 
 
 def weighted(cell: Cell, price: FloatArray) -> Point:
-    """Least ``E + price T``: the time at which the devices' prices of time add up to ``price``."""
+    """Return the least ``E + price T``: where the devices' prices of time add up to ``price``."""
     everyone = np.arange(price.size)
     found = _shortest(cell, everyone)
     _, right, _ = _edge_prices(cell, everyone, found, None)
@@ -516,7 +516,7 @@ def _split(kinks: FloatArray, floor: FloatArray, lo: FloatArray, hi: FloatArray)
 def _support(
     d: Devices, lim: Limits, one: FloatArray, other: FloatArray, price: FloatArray
 ) -> FloatArray:
-    """Log price of bandwidth between the two at which ``sum mu`` is ``price``, by bisection."""
+    """Return the log price of bandwidth, between two, at which ``sum mu`` is ``price``, by bisection."""
     lo, hi = np.minimum(one, other), np.maximum(one, other)
     for _ in range(54):
         middle = 0.5 * (lo + hi)
@@ -526,7 +526,7 @@ def _support(
 
 
 def _nothing(d: Devices, time: FloatArray) -> Answer:
-    """Answer of devices that all lack a payload."""
+    """Return the answer of devices that all lack a payload."""
     zero = np.zeros_like(d.a)
     rest = np.broadcast_to(time, zero.shape)
     return Answer(

@@ -118,7 +118,7 @@ def _energy_terms(
     payload: Any, work: Any, gain: Any, power_max: Any, f_min: Any, f_max: Any, kappa: Any,
     b: Any, p: Any, f: Any, t: Any, band: Any, noise: Any, lam: Any, idle_mu: Any,
 ) -> Any:  # fmt: skip
-    """A device's part of the dual bound, its price of time, its energy, and the least of each.
+    """Return a device's part of the dual bound, its price of time, its energy, and the least of each.
 
     The last are the energy at leisure, the time at full power in unlimited bandwidth, and the size
     of what was added up, for the rounding.
@@ -156,7 +156,7 @@ def _shortest_terms(
     payload: Any, work: Any, gain: Any, power_max: Any, f_max: Any, b: Any, t: Any,
     band: Any, noise: Any,
 ) -> Any:  # fmt: skip
-    """A device's share in the price of time, its part of the bound, and its time alone."""
+    """Return a device's share in the price of time, its part of the bound, and its time alone."""
     live = payload > 0.0
     a = select(live, payload * _LN2, 1.0)
     b = select(live, b, 1.0)
@@ -202,7 +202,7 @@ def _shortest_bound_of(ratio: Any, part: Any, alone: Any, band: Any) -> Any:
 
 @kernel
 def _gap_of(value: Any, bound: Any) -> Any:
-    """Relative gap; 0 where both vanish."""
+    """Return the relative gap; 0 where both vanish."""
     return (value - bound) / select(value != 0.0, abs(value), 1.0)
 
 
@@ -213,7 +213,7 @@ def _gap_of(value: Any, bound: Any) -> Any:
 def _energy_of(
     d: Any, q: Any, cell: Any, lam: Any, idle: Any, time: Any, price: Any, s: Any
 ) -> Any:
-    """Bound, price of time and energy of one instance; ``s`` is room for the terms."""
+    """Return bound, price of time and energy of one instance; ``s`` is room for the terms."""
     one, two, three, four, five, six = s[0], s[1], s[2], s[3], s[4], s[5]
     s_, c_, h_, p_, l_, u_, k_ = (
         d[DEVICE_PAYLOAD],
@@ -240,7 +240,7 @@ def _energy_of(
 
 @kernel
 def _shortest_of(d: Any, q: Any, cell: Any, s: Any) -> Any:
-    """Bound on the shortest time of one instance."""
+    """Return the bound on the shortest time of one instance."""
     one, two, three = s[0], s[1], s[2]
     s_, c_, h_, p_, u_ = (
         d[DEVICE_PAYLOAD],
@@ -396,7 +396,7 @@ def _sharper_bound(
 def _dual(
     batch: Batch, point: Primal, lam: FloatArray, price: FloatArray
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Bound, price of time and variable energy at the price ``lam``; ``price`` 0: of least energy."""
+    """Return bound, price of time and variable energy at the price ``lam``; ``price`` 0: of least energy."""
     time = point.round_s - batch.cell[:, CELL_DELAY]
 
     def sums(idle_mu: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:

@@ -215,7 +215,7 @@ def _free_root(
     price_g: FloatArray,
     start: FloatArray | None,
 ) -> tuple[FloatArray, FloatArray]:
-    """Root y, and dy / dlog lam, of ``X(log(lam G/t)) - log(A lam G/2C) - log t + 3 y = 0``.
+    """Return the root y, and dy / dlog lam, of ``X(log(lam G/t)) - log(A lam G/2C) - log t + 3 y = 0``.
 
     X is the logarithm of the inverse of psi.
     """

@@ -130,7 +130,7 @@ def _limits(row, cell):
 
 @kernel
 def _least_need(row, cell):
-    """Bandwidth times z that is needed even if every device computes at full speed."""
+    """Return bandwidth times z that is needed even if every device computes at full speed."""
     for l in range(LANES):
         left = cell[TIME * LANES + l] - row[FAST * LANES + l]
         cell[B * LANES + l] += row[WEIGHT * LANES + l] * row[A * LANES + l] / left
@@ -138,7 +138,7 @@ def _least_need(row, cell):
 
 @kernel
 def _start_times(row, cell):
-    """First guess of the split of time, and what it asks of the common price.
+    """Guess the split of time, and what it asks of the common price.
 
     The balance of a free device is ``w^3/(1+w)^2 = 2 kappa c^3 G/(a T^2) z/psi(z)`` with
     ``w = (T-t)/t``, here with the z of all devices in ``cell[M]``; besides, uploading must leave it
@@ -167,7 +167,7 @@ def _start_times(row, cell):
 
 @kernel
 def _start_answers(row, cell):
-    """First guess of what each device does at the price, and of how the sum answers to it.
+    """Guess what each device does at the price, and how the sum answers to it.
 
     With ``psi(z) = lam G/t`` the balance of a free device is ``w^3/(1+w) = 2 kappa c^3 z/(lam a T)``,
     where z, hardly moved by w, is that of the pass before.  Full power allows no more z than
@@ -408,7 +408,7 @@ def _reprice(cell):
 
 @kernel
 def _restart(block, cell, rows, joined):
-    """First guess of every unknown but the time."""
+    """Guess every unknown but the time."""
     for l in range(LANES):
         cell[INV_T * LANES + l] = 1.0 / cell[TIME * LANES + l]
         cell[DT * LANES + l] = 0.0
@@ -549,7 +549,7 @@ def _start_pinned(row, cell):
 
 @kernel
 def _answer_pinned(row, cell):
-    """First guess of each z at the price, and of how the sum of bandwidths answers to it."""
+    """Guess each z at the price, and how the sum of bandwidths answers to it."""
     for l in range(LANES):
         priced = inverse_psi(cell[LAM * LANES + l] * row[_RATE * LANES + l])
         powered = inverse_phi(1.0 / row[_FILL * LANES + l] - 1.0)
@@ -565,7 +565,7 @@ def _answer_pinned(row, cell):
 
 @kernel
 def _evaluate_pinned(row, cell):
-    """As ``_evaluate`` where t is known: one unknown a device."""
+    """Evaluate as ``_evaluate`` does, where t is known: one unknown a device."""
     for l in range(LANES):
         z = row[Z * LANES + l]
         e, expm1 = exp_pair(z)
@@ -613,7 +613,7 @@ def _advance_pinned(row, cell):
 
 @entry
 def _iterate_pinned(block, cell, rows, joined):
-    """As ``_iterate`` for least energy where every t is known."""
+    """Iterate as ``_iterate`` does, for least energy where every t is known."""
     for l in range(LANES):
         cell[INV_T * LANES + l] = 1.0 / cell[TIME * LANES + l]
         cell[B * LANES + l] = 0.0
@@ -658,7 +658,7 @@ def _iterate_pinned(block, cell, rows, joined):
 
 @kernel
 def _first_times(cell):
-    """First guess of the times that the prices of time ask for, from the sums of ``derive``.
+    """Guess the times that the prices of time ask for, from the sums of ``derive``.
 
     Computing alone would take ``(sum 2 kappa c^3/w)^(1/3)``, uploading alone what devices of one
     and the same spectral efficiency z take with ``psi(z) = w sum a/(B sum a/G)``.
@@ -757,7 +757,7 @@ def weighted(device, cell, target, points, scalars):
 
 @kernel
 def _idle_price(device, i, time):
-    """Price of time of devices that only compute, and its derivative in log T."""
+    """Return the price of time of devices that only compute, and its derivative in log T."""
     price = 0.0
     for k in range(device.shape[2]):
         work = device[i, DEVICE_WORK, k]
@@ -855,7 +855,7 @@ def _bracket(block, cell, rows, device, i, low):
 
 @entry
 def weighted_carefully(device, cell, target, shortest_s, points, scalars):
-    """As ``weighted``, slower, and stopped by little; ``shortest_s`` without the fixed delay."""
+    """Solve as ``weighted`` does, slower, and stopped by little; ``shortest_s`` without the fixed delay."""
     instances, _, devices = device.shape
     rows = (devices + LANES - 1) // LANES
     cells = np.zeros(CELL * LANES)

@@ -150,7 +150,7 @@ def _iterate(block, cell, rows, joined):
 
 @kernel
 def _spare(row, cell):
-    """How much earlier than the last device a device could end, given all the bandwidth there is."""
+    """Return how much earlier than the last device a device could end, given all the bandwidth there is."""
     for l in range(LANES):
         spare = cell[FLOOR * LANES + l] - (row[FAST * LANES + l] + row[LEAST * LANES + l])
         row[SPARE * LANES + l] = spare if spare > 0.0 else 0.0
@@ -165,7 +165,7 @@ def _spare(row, cell):
 
 @kernel
 def _start(block, cell, rows, joined):
-    """First guess of T - floor: between a device alone and one with an even share of the band."""
+    """Guess T - floor: between a device alone and one with an even share of the band."""
     for l in range(LANES):
         cell[M * LANES + l] = 0.0
         cell[M_0 * LANES + l] = 0.0
@@ -212,7 +212,7 @@ def _price(row, cell):
 
 @kernel
 def _idle_end(device, i):
-    """When the devices without payload have computed, at the earliest."""
+    """Return when the devices without payload have computed, at the earliest."""
     end = 0.0
     for k in range(device.shape[2]):
         if device[i, DEVICE_PAYLOAD, k] <= 0.0:

@@ -119,7 +119,7 @@ def _shortest_time(cell: TdmaCell) -> FloatArray:
 
 
 def _highest_price(cell: TdmaCell) -> FloatArray:
-    """Least price at which everything happens as fast as it can."""
+    """Return the least price at which everything happens as fast as it can."""
     upload = psi(cell.z_max, np.expm1(cell.z_max)) / cell.g_over_b
     busy = (cell.f_min < cell.c / np.where(cell.earliest > 0, cell.earliest, np.inf)) & (cell.c > 0)
     f = np.where(busy, cell.c / np.where(cell.earliest > 0, cell.earliest, 1.0), 0.0)
@@ -129,13 +129,13 @@ def _highest_price(cell: TdmaCell) -> FloatArray:
 
 
 def shortest(cell: TdmaCell) -> Point:
-    """Everything as fast as it can; computing no faster than the slowest device allows."""
+    """Return everything as fast as it can; computing no faster than the slowest device allows."""
     mu = _highest_price(cell)
     return cell.point(cell.z_max, cell.earliest, _shortest_time(cell), mu)
 
 
 def weighted(cell: TdmaCell, price: FloatArray) -> Point:
-    """The two FEDL sub-problems at the price of time."""
+    """Return the solution of the two FEDL sub-problems at the price of time."""
     z, _ = cell.efficiency(np.log(price))
     deadline, _ = cell.deadline(price)
     return cell.point(z, deadline, cell.upload(z).sum(0) + deadline, price)

@@ -187,7 +187,7 @@ def _load_floors(supply, device, i, earliest):
 
 @kernel
 def _limits(row, cell):
-    """Limits of z that follow from those of the power; gather the extremes."""
+    """Derive the limits of z from those of the power; gather the extremes."""
     for l in range(LANES):
         gain = row[GAIN * LANES + l]
         seconds = row[SECONDS * LANES + l]
@@ -240,7 +240,7 @@ def _supply(cells, supply, counts, joined):
 
 @kernel
 def _deadline(cell):
-    """``Tc = max(earliest, min(floor, (W/mu)^(1/3)))``; it counts in ``SLOPE`` where it moves."""
+    """Find ``Tc = max(earliest, min(floor, (W/mu)^(1/3)))``; it counts in ``SLOPE`` where it moves."""
     for l in range(LANES):
         free = cbrt(cell[ABOVE * LANES + l] / cell[MU * LANES + l])
         earliest = cell[EARLIEST * LANES + l]
@@ -252,7 +252,7 @@ def _deadline(cell):
 
 @kernel
 def _guess(row, cell):
-    """Efficiencies within a third."""
+    """Guess the efficiencies within a third."""
     for l in range(LANES):
         wanted = cell[MU * LANES + l] * row[GAIN * LANES + l]
         p = cut(wanted, row[P_MIN * LANES + l], row[P_MAX * LANES + l])
@@ -298,7 +298,7 @@ def _advance(row, cell):
 
 @kernel
 def _move(cell, rough):
-    """Newton on ``log(time taken/T)`` in ``log mu``, in its bracket.
+    """Take a Newton step on ``log(time taken/T)`` in ``log mu``, in its bracket.
 
     ``WORST`` covers the step and, a million times, what it leaves of the logarithm.
     """
@@ -389,7 +389,7 @@ def _iterate(block, cell, rows, supply, counts, joined, search):
 
 @kernel
 def _start(cell, kind):
-    """Price of time, or a guess: what uploads alone, or computing alone, would cost for ``T``."""
+    """Set the price of time, or guess it: what uploads alone, or computing alone, would cost for ``T``."""
     for l in range(LANES):
         time = cell[TIME * LANES + l]
         top = cell[TOP * LANES + l]

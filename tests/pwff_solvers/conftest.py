@@ -1,4 +1,4 @@
-"""Let the tests of this folder share their random cells."""
+"""Let the tests of these folders share their random cells."""
 
 import sys
 from pathlib import Path
