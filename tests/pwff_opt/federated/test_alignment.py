@@ -14,13 +14,13 @@ from plain_language import save_decoder
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from pwff_opt import evaluation
 from pwff_opt.federated.exchange.exchange import Exchange
 from pwff_opt.federated.learning.alignment import AXES, Dialogues, grouped
 from pwff_opt.federated.model.backbone import Stack
 from pwff_opt.federated.model.blocks import Tensors
 from pwff_opt.federated.model.passes import Passes
 from pwff_opt.federated.training.evaluator import FederatedEvaluator
+from pwff_opt.runs import identity
 from pwff_opt.scenario import Scenario
 from pwff_opt.scenario.schedule import Schedule
 
@@ -340,11 +340,11 @@ def test_killed_and_resumed_ends_the_same(
 def test_users_and_rewards_are_part_of_the_key(
     scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learning_key = evaluation.learning_key
+    learning_key = identity.learning_key
     schedule = Schedule.parse("3x2:fpa", devices=3)
     key = learning_key(scenario, schedule)
     with monkeypatch.context() as other_rewards:
-        other_rewards.setattr(evaluation, "REWARDS_VERSION", -1)
+        other_rewards.setattr(identity, "REWARDS_VERSION", -1)
         assert learning_key(scenario, schedule) != key
     others = tuple(replace(device, helpfulness=0.4) for device in scenario.devices)
     assert learning_key(replace(scenario, devices=others), schedule) != key
