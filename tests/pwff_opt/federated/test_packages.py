@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pwff_opt.cli import app
+from pwff_opt.cli.app import app
 from pwff_opt.data.models import data_folder, model_source
 from pwff_opt.data.packages import PACKAGES, Package, fetch, read_bytes
 from pwff_opt.errors import DataError, ModelError
