@@ -502,7 +502,7 @@ def test_check_looks_at_data_and_model_without_torch(own: Path) -> None:
     code = (
         "import sys, pwff_opt.cli\n"
         f"sys.argv = ['pwff-opt', 'scenario', 'check', {str(own)!r}]\n"
-        "try: pwff_opt.cli.app()\n"
+        "try: pwff_opt.cli.app.app()\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
