@@ -256,7 +256,7 @@ def test_a_missing_table_tells_the_keys_it_needs() -> None:
         ('[data]\nsource = "fil"\npath = "x.csv"\n', "data.source must be one of 'hutto'"),
         ("[training]\nlocal_steps = true\n", "training.local_steps must be a whole number"),
         ("[training]\nrounds = 0\n", "training.rounds must be greater than 0"),
-        ('[training]\nstage = "aling"\n', "training.stage must be one of 'classification'"),
+        ('[training]\nstage = "aling"\n', "training.stage must be one of 'alignment'"),
         (
             '[training]\nstage = "pretraining"\n[peft]\nadapter_width = 0\n[decisions]\nranks = [0]\n',
             "peft.adapter_width, peft.common_lora_rank or a rank of decisions.ranks must be above 0",
